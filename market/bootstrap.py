@@ -1,0 +1,174 @@
+"""Where ports meet Ray, SQL and files: builds the services and brings a market up and down.
+
+Ray reads its authentication settings when it is imported: call ``node.enter_environment`` before
+importing this module in a process that is not one of the cluster's own.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+
+import httpx
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions, ProxyLocation
+
+from market import catalog, pricing
+from market.cluster import hardware, node
+from market.cluster.actors import proxy, start_service, stop_service
+from market.cluster.serve import ServeCluster, import_builder, run_application
+from market.clock import SystemClock
+from market.config import Config
+from market.errors import InvalidRequest, MarketFault
+from market.ledger.service import Ledger
+from market.scheduler.service import Scheduler
+from market.types import CURRENCY, Offer, Principal, Role
+
+LEDGER = "ledger"
+SCHEDULER = "scheduler"
+GATEWAY = "gateway"
+GATEWAY_APP = "serve_apps.gateway:build_app"
+LOCAL = "local"
+ASK_PER_GPU_HOUR = "1.00"
+READY_TIMEOUT_S = 120
+LOGICAL_CPUS_MIN = 8
+
+Report = Callable[[str], None]
+
+
+def make_ledger(config: Config) -> Ledger:
+    """The ledger service as its actor runs it."""
+    return Ledger(config, SystemClock())
+
+
+def make_scheduler(config: Config) -> Scheduler:
+    """The scheduler service as its actor runs it."""
+    return Scheduler(config, SystemClock(), ledger_client(), ServeCluster(config))
+
+
+def ledger_client() -> Ledger:
+    """The ledger of the running market, from any process of the cluster."""
+    return proxy(Ledger, LEDGER)
+
+
+def scheduler_client() -> Scheduler:
+    """The scheduler of the running market, from any process of the cluster."""
+    return proxy(Scheduler, SCHEDULER)
+
+
+def up(config: Config, operator_key_hash: str, operator_key_id: str, report: Report) -> None:
+    """Bring the market up on this machine; what runs already is left as it is.
+
+    Raises MarketFault if something does not start.
+    """
+    for folder in (config.home, config.state_dir, config.models_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+    config.state_dir.chmod(0o700)
+    head = node.load_head(config.state_dir)
+    if head is None:
+        _check_port_is_free(config)
+        report("starting the Ray head node")
+        cpus = max(LOGICAL_CPUS_MIN, hardware.cpu_count())
+        head = node.start_head(config.state_dir, config.logs_dir, cpus, len(hardware.gpus()))
+    with _connected(head):
+        report("opening the ledger")
+        start_service(LEDGER, "market.bootstrap:make_ledger", config)
+        operator = Principal(operator_key_id, Role.OPERATOR, "operator")
+        asyncio.run(_register(config, operator, operator_key_hash))
+        report("starting the gateway")
+        options = HTTPOptions(host=config.http_host, port=config.http_port)
+        serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options)
+        app = import_builder(GATEWAY_APP)(config)
+        if GATEWAY not in serve.status().applications:
+            run_application(app, GATEWAY, route_prefix="/")
+        _wait_until_ready(config)
+
+
+async def _register(config: Config, operator: Principal, key_hash: str) -> None:
+    ledger = ledger_client()
+    await ledger.create_provider(LOCAL)
+    await ledger.add_key(operator, key_hash)
+    await ledger.add_rate_cards(catalog.default_rate_cards(), only_new_models=True)
+    start_service(SCHEDULER, "market.bootstrap:make_scheduler", config)
+    await scheduler_client().offer(local_offer())
+
+
+def local_offer() -> Offer:
+    """This machine as an offer of the provider ``local``."""
+    gpus = hardware.gpus()
+    return Offer(
+        offer_id=LOCAL,
+        provider_id=LOCAL,
+        node_id=LOCAL,
+        gpu_type=gpus[0].gpu_type if gpus else "cpu",
+        gpus=gpus,
+        cpu_count=hardware.cpu_count(),
+        memory_mib=hardware.memory_mib(),
+        ask_pico=pricing.parse_money(ASK_PER_GPU_HOUR),
+        currency=CURRENCY,
+    )
+
+
+def down(config: Config, report: Report) -> bool:
+    """End the market of this machine in good order; False if none runs.
+
+    Desired deployments stay on record: the next ``up`` brings them back.
+    """
+    head = node.load_head(config.state_dir)
+    if head is None:
+        return False
+    try:
+        with _connected(head):
+            report("draining the gateway")
+            stop_service(SCHEDULER)
+            with contextlib.suppress(Exception):  # a broken Serve must not keep us from sealing
+                serve.delete(GATEWAY)
+            report("sealing the ledger")
+            asyncio.run(ledger_client().close())
+            stop_service(LEDGER)
+            report("stopping model replicas")
+            serve.shutdown()
+    finally:
+        report("stopping the Ray head node")
+        node.stop_head(head, config.state_dir)
+    return True
+
+
+@contextlib.contextmanager
+def _connected(head: node.HeadNode) -> Iterator[None]:
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    ray.init(
+        address=head.address,
+        namespace=node.NAMESPACE,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_port_is_free(config: Config) -> None:
+    try:
+        httpx.get(f"{config.url}/healthz", timeout=2)
+    except httpx.TransportError:
+        return
+    raise InvalidRequest(
+        f"something else answers at {config.url}; stop it or choose another address, "
+        "e.g. MARKET_URL=http://127.0.0.1:8001"
+    )
+
+
+def _wait_until_ready(config: Config) -> None:
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{config.url}/healthz", timeout=5).status_code == 200:
+                return
+        time.sleep(0.1)
+    app = serve.status().applications.get(GATEWAY)
+    raise MarketFault(f"the gateway did not answer at {config.url}: {app and app.message}")

@@ -1,0 +1,98 @@
+"""The catalog: models that can be served, what they need and what they cost by default."""
+
+import tomllib
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+
+from market import pricing
+from market.errors import NotFound
+from market.types import CURRENCY, RateCard
+
+MIB = 1024 * 1024
+OVERHEAD_MIB = 1024
+SERVED_CONTEXT_MAX = 32_768
+KV_BYTES = 2
+CPU_PARAMETERS_MAX = 700_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A catalog entry. ``source`` is ``local`` (made by our script) or a hub repository.
+
+    Prices are per million tokens, as decimal strings.
+    """
+
+    name: str
+    source: str
+    licence: str
+    parameters: int
+    weights_bytes: int
+    context_tokens: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    input_price: str
+    cached_input_price: str
+    output_price: str
+
+    @property
+    def served_context_tokens(self) -> int:
+        """Context offered by default: all of it up to 32k, so that one sequence fits a GPU."""
+        return min(self.context_tokens, SERVED_CONTEXT_MAX)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of key-value cache per token at 16 bits."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * KV_BYTES
+
+    @property
+    def memory_mib(self) -> int:
+        """Memory to serve it: weights, the cache of one full context, 1 GiB for the engine."""
+        kv = self.kv_bytes_per_token * self.served_context_tokens
+        return -(-(self.weights_bytes + kv) // MIB) + OVERHEAD_MIB
+
+    @property
+    def runs_on_cpu(self) -> bool:
+        """Small enough to answer at reading speed without a GPU."""
+        return self.parameters <= CPU_PARAMETERS_MAX
+
+    def rate_card(self, valid_from: datetime) -> RateCard:
+        """The default price as a dated rate card."""
+        prices = (
+            pricing.parse_price(self.input_price, f"{self.name} input_price"),
+            pricing.parse_price(self.cached_input_price, f"{self.name} cached_input_price"),
+            pricing.parse_price(self.output_price, f"{self.name} output_price"),
+        )
+        return pricing.make_rate_card(self.name, prices, valid_from, CURRENCY)
+
+
+@cache
+def models() -> tuple[Model, ...]:
+    """All models, in the order of the file (smallest first)."""
+    with (Path(__file__).parent / "catalog.toml").open("rb") as file:
+        entries = tomllib.load(file)
+    return tuple(Model(name=name, **facts) for name, facts in entries["models"].items())
+
+
+def find(name: str) -> Model:
+    """The entry called ``name``. Raises NotFound with close names."""
+    for model in models():
+        if model.name == name:
+            return model
+    import difflib
+
+    names = [model.name for model in models()]
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    raise NotFound(
+        f"model {name!r} is not in the catalog{hint} (market models ls)",
+        code="model_not_found",
+        param="model",
+    )
+
+
+def default_rate_cards() -> list[RateCard]:
+    """Default prices of the whole catalog, valid since the catalog's date."""
+    return [model.rate_card(datetime(2026, 1, 1, tzinfo=UTC)) for model in models()]

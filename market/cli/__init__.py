@@ -1,0 +1,1 @@
+"""The ``market`` command: one file per noun, no logic."""

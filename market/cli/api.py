@@ -1,0 +1,90 @@
+"""HTTP to the market with a key; the CLI does nothing else."""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from market.config import Config
+from market.errors import Conflict, InvalidKey, InvalidRequest, MarketError, NotFound
+
+if TYPE_CHECKING:
+    import httpx
+
+TIMEOUT_S = 90.0
+
+
+def request(method: str, path: str, **arguments: Any) -> Any:
+    """Call ``/market/v1`` as the operator (or with MARKET_API_KEY) and return the JSON answer.
+
+    Raises MarketError with the server's message, or one that says how to reach a server.
+    """
+    config = Config.from_env()
+    return send(config, operator_key(config), method, f"/market/v1{path}", **arguments)
+
+
+def send(config: Config, key: str, method: str, path: str, **arguments: Any) -> Any:
+    """One request; 4xx and 5xx answers become errors."""
+    import httpx
+
+    headers = {"authorization": f"Bearer {key}"}
+    try:
+        response = httpx.request(
+            method, f"{config.url}{path}", headers=headers, timeout=TIMEOUT_S, **arguments
+        )
+    except httpx.TransportError as error:
+        raise unreachable(config, error) from None
+    raise_for_error(response)
+    return response.json()
+
+
+def raise_for_error(response: "httpx.Response") -> None:
+    """Raise the server's error, if it is one."""
+    if response.is_success:
+        return
+    kinds = {400: InvalidRequest, 401: InvalidKey, 404: NotFound, 409: Conflict}
+    kind = kinds.get(response.status_code, MarketError)
+    try:
+        message = response.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = f"HTTP {response.status_code}: {response.text[:200]}"
+    raise kind(message)
+
+
+def unreachable(config: Config, error: Exception) -> MarketError:
+    """What to do when nothing answers."""
+    return MarketError(
+        f"no market answers at {config.url} ({type(error).__name__}); start one with: market up"
+    )
+
+
+def operator_key(config: Config) -> str:
+    """MARKET_API_KEY, or the key that ``market up`` made. Raises InvalidKey."""
+    key = os.environ.get("MARKET_API_KEY")
+    if key:
+        return key
+    try:
+        return config.operator_key_file.read_text().strip()
+    except FileNotFoundError:
+        raise InvalidKey(
+            f"no key: set MARKET_API_KEY, or run market up (it makes {config.operator_key_file})"
+        ) from None
+
+
+def tenant_key(config: Config) -> str:
+    """MARKET_API_KEY, or the key that ``market keys create`` kept. Raises InvalidKey."""
+    key = os.environ.get("MARKET_API_KEY")
+    if key:
+        return key
+    try:
+        return config.chat_key_file.read_text().strip()
+    except FileNotFoundError:
+        raise InvalidKey(
+            "no tenant key: set MARKET_API_KEY, or run: market keys create --tenant NAME"
+        ) from None
+
+
+def write_secret(path: os.PathLike[str], text: str) -> None:
+    """Write a file that only its owner may read."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        os.fchmod(descriptor, 0o600)
+        file.write(text + "\n")

@@ -1,0 +1,1 @@
+"""Adapters to Ray, Ray Serve, processes and hardware."""

@@ -1,0 +1,124 @@
+"""Services as detached Ray actors, and proxies that call them through crashes."""
+
+import asyncio
+import importlib
+import inspect
+import logging
+import time
+from typing import Any, TypeVar, cast
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from market.cluster.node import NAMESPACE, OPERATOR_NODES
+from market.errors import MarketError, MarketFault, Overloaded
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 60.0
+PAUSE_S = 0.1
+
+Service = TypeVar("Service")
+
+
+class ServiceHost:
+    """The actor around a service: builds it, opens it, forwards calls to it.
+
+    ``factory`` is ``module:function`` and returns an object with ``open`` and ``close``.
+    """
+
+    def __init__(self, factory: str, *arguments: Any) -> None:
+        module, _, name = factory.partition(":")
+        self._service = getattr(importlib.import_module(module), name)(*arguments)
+        self._opening: asyncio.Task[None] | None = None
+
+    async def call(self, method: str, arguments: Any, keywords: Any) -> tuple[bool, Any]:
+        """(True, result), or (False, error) for errors that callers are meant to see."""
+        if self._opening is None:
+            self._opening = asyncio.create_task(self._service.open())
+        try:
+            await asyncio.shield(self._opening)
+            return True, await getattr(self._service, method)(*arguments, **keywords)
+        except MarketError as error:
+            return False, error
+
+
+def start_service(name: str, factory: str, *arguments: Any) -> None:
+    """Start the named actor unless it runs already. It restarts for ever after crashes."""
+    ray.remote(ServiceHost).options(
+        name=name,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        max_restarts=-1,
+        max_task_retries=0,
+        max_concurrency=10_000,
+        num_cpus=0,
+        label_selector=OPERATOR_NODES,
+    ).remote(factory, *arguments)
+
+
+def stop_service(name: str) -> None:
+    """End the named actor for good; nothing happens if there is none."""
+    try:
+        actor = ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        return
+    ray.kill(actor, no_restart=True)
+
+
+class _Proxy:
+    def __init__(self, service: type, actor_name: str) -> None:
+        self._service = service
+        self._actor_name = actor_name
+        self._actor: Any = None
+
+    def __getattr__(self, method: str) -> Any:
+        if method.startswith("_") or not inspect.iscoroutinefunction(
+            getattr(self._service, method, None)
+        ):
+            raise AttributeError(f"{self._service.__name__} has no command {method!r}")
+
+        async def call(*arguments: Any, **keywords: Any) -> Any:
+            return await self._call(method, arguments, keywords)
+
+        return call
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_service": self._service, "_actor_name": self._actor_name, "_actor": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    async def _call(self, method: str, arguments: Any, keywords: Any) -> Any:
+        """Call until an answer comes: every command may safely be done twice."""
+        deadline = time.monotonic() + RETRY_S
+        while True:
+            try:
+                if self._actor is None:
+                    self._actor = await asyncio.to_thread(
+                        ray.get_actor, self._actor_name, NAMESPACE
+                    )
+                good, value = await self._actor.call.remote(method, arguments, keywords)
+            except (RayActorError, ValueError) as error:
+                self._actor = None
+                if time.monotonic() > deadline:
+                    raise Overloaded(
+                        f"the {self._actor_name} does not answer", retry_after_s=5
+                    ) from error
+                await asyncio.sleep(PAUSE_S)
+                continue
+            except RayTaskError as error:
+                logger.error("%s failed in %s", self._actor_name, method, exc_info=error)
+                raise MarketFault(f"the {self._actor_name} failed in {method}") from error
+            if good:
+                return value
+            raise value
+
+
+def proxy(service: type[Service], actor_name: str) -> Service:
+    """An object with the service's coroutines that runs them in the named actor.
+
+    Calls wait out restarts of the actor for up to 60 s, then raise Overloaded. Picklable.
+    """
+    return cast(Service, _Proxy(service, actor_name))

@@ -1,0 +1,1 @@
+"""The books: one writer over SQL, published as Parquet for everyone to read."""

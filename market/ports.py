@@ -1,0 +1,71 @@
+"""What the stories need from outside, each as small as it can be; a fake for each is in fakes.py."""
+
+from collections.abc import AsyncIterator
+from datetime import datetime
+from typing import Protocol
+
+from market.accounts import HoldResult
+from market.types import EngineChunk, EngineRequest, HoldRequest, RateCard, Route, UsageRecord
+
+
+class Clock(Protocol):
+    """Wall time for the record, monotonic time for durations."""
+
+    def now(self) -> datetime:
+        """Current time, timezone UTC."""
+        ...
+
+    def monotonic(self) -> float:
+        """Seconds of a clock that never steps."""
+        ...
+
+
+class Engine(Protocol):
+    """Something that generates tokens: vLLM, transformers, or a replica far away."""
+
+    def generate(self, request: EngineRequest) -> AsyncIterator[EngineChunk]:
+        """Stream chunks; the last one has a finish reason. Closing the iterator aborts.
+
+        Raises EngineFailed when the engine or its replica dies, InvalidRequest when it refuses.
+        """
+        ...
+
+
+class Holds(Protocol):
+    """Money set aside before a request is served."""
+
+    async def open_hold(self, request: HoldRequest) -> HoldResult:
+        """Reserve; doing it again with the same id returns the first result."""
+        ...
+
+
+class UsageSink(Protocol):
+    """Where finished requests are recorded. The sink numbers them."""
+
+    def identity(self) -> tuple[str, int]:
+        """(producer, epoch) under which records are written."""
+        ...
+
+    def next_request_id(self) -> str:
+        """A fresh id, counted at admission."""
+        ...
+
+    async def record(self, record: UsageRecord) -> UsageRecord:
+        """Durably record; returns the record with its sequence number once it is committed."""
+        ...
+
+
+class Routes(Protocol):
+    """Which deployment serves a model, at what price."""
+
+    async def route(self, model: str) -> Route:
+        """Raises NotFound for an unknown model, NoCapacity if it is not ready."""
+        ...
+
+    async def rate_card(self, model: str) -> RateCard:
+        """The price in force. Raises NotFound if there is none."""
+        ...
+
+    def engine(self, route: Route) -> Engine:
+        """The engine behind a route."""
+        ...

@@ -1,0 +1,1 @@
+"""What should run and where; a loop makes it so."""

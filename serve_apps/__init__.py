@@ -1,0 +1,1 @@
+"""Ray Serve applications: the gateway (HTTP) and the model replicas behind it."""

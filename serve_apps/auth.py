@@ -1,0 +1,80 @@
+"""API keys: who is asking. Only hashes leave this process; keys are never logged."""
+
+import hashlib
+import secrets
+import time
+from collections import OrderedDict
+from typing import Protocol
+
+from market.errors import InvalidKey, PermissionDenied
+from market.types import Principal, Role
+
+KEY_PREFIX = "sk-market-"
+CACHE_S = 2.0
+CACHE_MAX = 10_000
+
+
+class Keys(Protocol):
+    """The part of the ledger that knows keys."""
+
+    async def find_key(self, key_hash: str) -> Principal | None:
+        """Whom the key speaks for."""
+        ...
+
+
+def new_key() -> str:
+    """A fresh secret of 256 random bits."""
+    return KEY_PREFIX + secrets.token_urlsafe(32)
+
+
+def hash_key(key: str) -> str:
+    """What is stored of a key. It has 256 bits of entropy, so a plain hash cannot be guessed."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def key_id(key: str) -> str:
+    """Public name of a key."""
+    return f"key-{hash_key(key)[:12]}"
+
+
+class Authenticator:
+    """Looks keys up in the ledger and remembers the answer for two seconds.
+
+    A revoked key therefore works on for at most two seconds.
+    """
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
+        self._known: OrderedDict[str, tuple[Principal, float]] = OrderedDict()
+
+    async def authenticate(self, authorization: str | None) -> Principal:
+        """The principal behind an ``Authorization`` header. Raises InvalidKey."""
+        scheme, _, key = (authorization or "").partition(" ")
+        key = key.strip()
+        if scheme.lower() != "bearer" or not key:
+            raise InvalidKey("no API key: send the header Authorization: Bearer YOUR_KEY")
+        hashed = hash_key(key)
+        known = self._known.get(hashed)
+        if known is not None and time.monotonic() < known[1]:
+            return known[0]
+        principal = await self._keys.find_key(hashed)
+        if principal is None:
+            self._known.pop(hashed, None)
+            raise InvalidKey("this API key is unknown or revoked")
+        self._known[hashed] = (principal, time.monotonic() + CACHE_S)
+        while len(self._known) > CACHE_MAX:
+            self._known.popitem(last=False)
+        return principal
+
+
+def require_operator(principal: Principal) -> None:
+    """Raises PermissionDenied unless the key is an operator's."""
+    if principal.role is not Role.OPERATOR:
+        raise PermissionDenied("this needs an operator key (market up keeps one in operator.key)")
+
+
+def require_subject(principal: Principal, tenant_id: str) -> None:
+    """Raises PermissionDenied unless the key is the operator's or this tenant's own."""
+    own = principal.role is Role.TENANT and principal.subject_id == tenant_id
+    if principal.role is not Role.OPERATOR and not own:
+        raise PermissionDenied(f"this key may not see tenant {tenant_id}")

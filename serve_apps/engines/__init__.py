@@ -1,0 +1,1 @@
+"""Engines behind one port: vLLM, and transformers for machines without it."""

@@ -1,0 +1,57 @@
+"""What every engine is given and what it tells besides its chunks."""
+
+import importlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+from market.types import EngineChunk, EngineRequest, FinishReason, TokenCounts
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """How to load a model. ``gpu_fraction`` is the share of one card's memory, 0 without a GPU."""
+
+    folder: Path
+    max_context_tokens: int
+    gpu_fraction: float
+    kv_cache_mib: int = 1024
+    sequences_max: int = 64
+
+
+class LoadedEngine(Protocol):
+    """The Engine port and the life of the engine behind it."""
+
+    def generate(self, request: EngineRequest) -> AsyncIterator[EngineChunk]:
+        """Stream an answer; closing the iterator aborts it."""
+        ...
+
+    async def check_health(self) -> None:
+        """Raises EngineFailed if the engine can serve no more."""
+        ...
+
+    async def close(self) -> None:
+        """End the engine and its processes."""
+        ...
+
+
+ENGINES = {
+    "transformers": "serve_apps.engines.transformers:start",
+    "vllm": "serve_apps.engines.vllm:start",
+}
+
+
+async def start_engine(name: str, settings: EngineSettings) -> LoadedEngine:
+    """Import and load the engine called ``name``; only its own heavy packages are imported."""
+    module, _, function = ENGINES[name].partition(":")
+    start = getattr(importlib.import_module(module), function)
+    return cast(LoadedEngine, await start(settings))
+
+
+def chunk(
+    text: str, token_ids: tuple[int, ...], counts: tuple[int, int, int], reason: str | None
+) -> EngineChunk:
+    """A chunk from plain values; ``counts`` = (input, cached input, output)."""
+    finish = None if reason is None else FinishReason(reason)
+    return EngineChunk(text, token_ids, TokenCounts(*counts), finish)

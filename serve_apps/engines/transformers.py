@@ -1,0 +1,147 @@
+"""transformers with its own continuous batching: small to install, starts in seconds."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from market.errors import EngineFailed
+from market.types import EngineChunk, EngineRequest
+from serve_apps.engines.base import EngineSettings, chunk
+from serve_apps.engines.detokenizer import Detokenizer
+
+PAGE_TOKENS = 32
+BATCH_TOKENS = 1024
+MIB = 1024 * 1024
+STOP_TIMEOUT_S = 10
+
+
+async def start(settings: EngineSettings) -> "TransformersEngine":
+    """Load the model. Raises EngineFailed if its files cannot be read."""
+    try:
+        return await asyncio.to_thread(_load, settings)
+    except (OSError, ValueError) as error:
+        raise EngineFailed(f"transformers could not load {settings.folder}: {error}") from error
+
+
+def _load(settings: EngineSettings) -> "TransformersEngine":
+    import torch
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        ContinuousBatchingConfig,
+        GenerationConfig,
+        LogitsProcessorList,
+    )
+
+    from serve_apps.engines.sampler import RequestSampler
+
+    device = "cuda" if settings.gpu_fraction > 0 and torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(settings.folder, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        settings.folder, dtype="auto", attn_implementation="sdpa", use_safetensors=True
+    ).to(device)
+    eos = model.generation_config.eos_token_id
+    eos_ids = [eos] if isinstance(eos, int) else list(eos or [])
+    sampler = RequestSampler(eos_ids)
+    # The manager asks the model for its logits processors; ours replaces all of them.
+    model._get_logits_processor = lambda _config: LogitsProcessorList([sampler])
+    manager = model.init_continuous_batching(
+        generation_config=GenerationConfig(do_sample=False, eos_token_id=eos_ids),
+        continuous_batching_config=ContinuousBatchingConfig(
+            page_size=PAGE_TOKENS,
+            num_blocks=_cache_pages(model.config, settings),
+            max_batch_tokens=BATCH_TOKENS,
+            # One tenant must not learn from timing what another has asked.
+            allow_block_sharing=False,
+            use_async_batching=False,
+            use_cuda_graph=False,
+        ),
+    )
+    # It counts only processors it converted itself; ours needs its (empty) row of arguments too.
+    manager.logit_processor.tensors_required = 1
+    manager.start()
+    return TransformersEngine(manager, tokenizer, sampler, eos_ids)
+
+
+def _cache_pages(config: Any, settings: EngineSettings) -> int:
+    """Pages for every sequence's full context, or what ``kv_cache_mib`` allows."""
+    text = config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    bytes_per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * 4
+    affordable = settings.kv_cache_mib * MIB // (bytes_per_token * PAGE_TOKENS)
+    wanted = settings.sequences_max * -(-settings.max_context_tokens // PAGE_TOKENS)
+    return max(min(affordable, wanted), -(-settings.max_context_tokens // PAGE_TOKENS) + 1)
+
+
+class TransformersEngine:
+    """Requests go to the manager's thread; its results come back on the caller's loop."""
+
+    def __init__(self, manager: Any, tokenizer: Any, sampler: Any, eos_ids: list[int]) -> None:
+        self._manager = manager
+        self._tokenizer = tokenizer
+        self._sampler = sampler
+        self._eos_ids = frozenset(eos_ids)
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineChunk]:
+        """Stream an answer; closing the iterator cancels it. Nothing is cached between requests."""
+        await self.check_health()
+        request_id, sampling = request.request_id, request.sampling
+        results: asyncio.Queue[Any] = asyncio.Queue()
+        self._manager.register_result_handler(request_id, results.put_nowait)
+        self._manager.add_request(
+            list(request.prompt_token_ids),
+            request_id=request_id,
+            max_new_tokens=sampling.max_tokens,
+            streaming=True,
+            eos_token_id=-1 if sampling.ignore_eos else None,
+            sampling=sampling,
+        )
+        text = Detokenizer(self._tokenizer, sampling.stop)
+        produced, finish = 0, None
+        try:
+            while finish is None:
+                result = await self._latest(results)
+                if result.error is not None:
+                    raise EngineFailed(f"transformers failed: {result.error}")
+                fresh = tuple(result.generated_tokens[produced:])
+                piece, used = self._feed(text, fresh)
+                fresh = fresh[:used]
+                produced += used
+                if text.stopped:
+                    finish = "stop"
+                elif result.is_finished():
+                    piece += text.finish()
+                    ended = bool(fresh) and fresh[-1] in self._eos_ids and not sampling.ignore_eos
+                    finish = "stop" if ended or text.stopped else "length"
+                counts = (len(request.prompt_token_ids), 0, produced)
+                yield chunk(piece, fresh, counts, finish)
+        finally:
+            self._manager.cancel_request(request_id)
+            self._manager.output_router.result_handlers.pop(request_id, None)
+            self._sampler.forget(request_id)
+
+    def _feed(self, text: Detokenizer, token_ids: tuple[int, ...]) -> tuple[str, int]:
+        """(new text, tokens used): tokens behind a stop string are neither given nor counted."""
+        piece = ""
+        for used, token_id in enumerate(token_ids, 1):
+            if token_id not in self._eos_ids:
+                piece += text.add([token_id])
+            if text.stopped:
+                return piece, used
+        return piece, len(token_ids)
+
+    async def _latest(self, results: "asyncio.Queue[Any]") -> Any:
+        """The newest result (each carries all tokens so far): a slow reader gets fewer chunks."""
+        result = await results.get()
+        while not results.empty():
+            result = results.get_nowait()
+        return result
+
+    async def check_health(self) -> None:
+        """Raises EngineFailed if the generation thread has ended."""
+        if not self._manager.is_running():
+            raise EngineFailed("the generation thread ended")
+
+    async def close(self) -> None:
+        """Stop the generation thread."""
+        await asyncio.to_thread(self._manager.stop, block=True, timeout=STOP_TIMEOUT_S)

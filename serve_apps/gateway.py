@@ -1,0 +1,59 @@
+"""The gateway as a Ray Serve deployment: wires the ports and serves HTTP."""
+
+import asyncio
+from typing import Any
+
+from ray import serve
+
+from market import bootstrap
+from market.clock import SystemClock
+from market.cluster.node import OPERATOR_NODES
+from market.config import Config
+from market.inference import Inference
+from market.ledger.producer import Producer
+from serve_apps.auth import Authenticator
+from serve_apps.http import Services, create_app
+from serve_apps.live import LiveRoutes
+
+ONGOING_MAX = 10_000
+DRAIN_S = 60
+
+
+@serve.ingress()
+class Gateway:
+    """One gateway replica: a producer of usage records with its own sequence."""
+
+    async def __init__(self, config: Config) -> None:  # type: ignore[misc]  # Serve awaits it
+        ledger, scheduler = bootstrap.ledger_client(), bootstrap.scheduler_client()
+        clock = SystemClock()
+        rank = serve.get_replica_context().rank.rank
+        self._producer = Producer(ledger, f"gw{rank}")
+        await self._producer.start()
+        routes = LiveRoutes(config, scheduler, ledger, serve.get_app_handle)
+        self._inference = Inference(clock, ledger, self._producer, routes)
+        self._refreshing = asyncio.create_task(routes.refresh_forever())
+        self._services = Services(
+            config, clock, ledger, scheduler, routes, self._inference, Authenticator(ledger)
+        )
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """Serve calls this after the constructor."""
+        return create_app(self._services)
+
+    async def __del__(self) -> None:
+        """Every finished request is recorded before the replica ends."""
+        self._refreshing.cancel()
+        await self._inference.drain()
+        await self._producer.stop()
+
+
+def build_app(config: Config) -> serve.Application:
+    """The gateway application, on operator nodes only."""
+    deployment = serve.deployment(
+        name="gateway",
+        num_replicas=1,
+        max_ongoing_requests=ONGOING_MAX,
+        graceful_shutdown_timeout_s=DRAIN_S,
+        ray_actor_options={"num_cpus": 0, "label_selector": OPERATOR_NODES},
+    )(Gateway)
+    return deployment.bind(config)

@@ -1,0 +1,174 @@
+"""The gateway's ASGI application: routers, OpenAI error bodies, streams that notice hang-ups."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from market import __version__
+from market.config import Config
+from market.errors import InvalidRequest, MarketError, MarketFault, NotFound
+from market.inference import Inference
+from market.ledger.service import Ledger
+from market.ports import Clock
+from market.scheduler.service import Scheduler
+from market.types import Principal
+from serve_apps.auth import Authenticator
+from serve_apps.live import LiveRoutes
+
+logger = logging.getLogger(__name__)
+
+BODY_MAX_BYTES = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What the routers work with."""
+
+    config: Config
+    clock: Clock
+    ledger: Ledger
+    scheduler: Scheduler
+    routes: LiveRoutes
+    inference: Inference
+    authenticator: Authenticator
+
+
+def services_of(request: Request) -> Services:
+    """The services behind the application that got this request."""
+    services: Services = request.app.state.services
+    return services
+
+
+async def principal_of(request: Request) -> Principal:
+    """Who is asking. Raises InvalidKey."""
+    authenticator = services_of(request).authenticator
+    return await authenticator.authenticate(request.headers.get("authorization"))
+
+
+With = Annotated[Services, Depends(services_of)]
+Caller = Annotated[Principal, Depends(principal_of)]
+
+
+def create_app(services: Services) -> FastAPI:
+    """The whole HTTP surface over the given services."""
+    from serve_apps import market_api, openai_api
+
+    app = FastAPI(
+        title="Compute market",
+        version=__version__,
+        openapi_url="/market/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.services = services
+    app.add_exception_handler(MarketError, _market_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _bug)
+    app.include_router(openai_api.router)
+    app.include_router(market_api.router)
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """Whether this gateway answers."""
+        return {"status": "ok", "version": __version__}
+
+    return app
+
+
+async def read_body(request: Request) -> bytes:
+    """The request's body. Raises InvalidRequest if it is larger than 8 MiB."""
+    parts = bytearray()
+    async for part in request.stream():
+        parts += part
+        if len(parts) > BODY_MAX_BYTES:
+            raise InvalidRequest(f"the body is larger than {BODY_MAX_BYTES} bytes")
+    return bytes(parts)
+
+
+def error_response(error: MarketError) -> JSONResponse:
+    """An error as OpenAI's clients expect it."""
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(max(1, round(error.retry_after_s)))
+    if error.http_status == 402:
+        headers["x-should-retry"] = "false" if error.retry_after_s is None else "true"
+    return JSONResponse(error.body(), status_code=error.http_status, headers=headers)
+
+
+async def _market_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, MarketError)
+    return error_response(error)
+
+
+async def _validation_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"][1:])
+    return error_response(InvalidRequest(f"{where or 'body'}: {first['msg']}", param=where or None))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        return error_response(NotFound(f"no such address: {request.url.path}"))
+    wrapped = InvalidRequest(str(error.detail))
+    return JSONResponse(wrapped.body(), status_code=error.status_code, headers=error.headers)
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    logger.error("unexpected error in %s", request.url.path, exc_info=error)
+    return error_response(MarketFault("internal error; you are not billed for this request"))
+
+
+class EventStream(Response):
+    """Server-sent events. The generator is closed at once when the client hangs up.
+
+    Starlette's own streaming leaves a generator that waits in ``send`` to the garbage collector.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
+        super().__init__(None, headers={"cache-control": "no-cache", **headers})
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send until the end or until the client is gone."""
+        sending = asyncio.create_task(self._send(send))
+        watching = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait({sending, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+        finally:
+            sending.cancel()
+            watching.cancel()
+            await asyncio.gather(sending, watching, return_exceptions=True)
+
+    async def _send(self, send: Send) -> None:
+        async with aclosing(self._events) as events:
+            start: dict[str, Any] = {
+                "type": "http.response.start",
+                "status": self.status_code,
+                "headers": self.raw_headers,
+            }
+            await send(start)
+            async for event in events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

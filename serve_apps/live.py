@@ -1,0 +1,170 @@
+"""The gateway's view of the market: routes, prices, tokenizers and replicas, kept fresh."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol
+
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, RayServeException
+
+from market.catalog import find
+from market.cluster.models import fetch
+from market.config import Config
+from market.errors import EngineFailed, MarketError, NoCapacity, NotFound, Overloaded
+from market.ports import Engine
+from market.types import EngineChunk, EngineRequest, RateCard, Route, RouteTable
+from serve_apps.tokenization import Prompter, load_prompter
+
+logger = logging.getLogger(__name__)
+
+REFRESH_S = 0.5
+PRICE_CACHE_S = 1.0
+
+
+class Scheduler(Protocol):
+    """The part of the scheduler a gateway needs."""
+
+    async def routes(self) -> RouteTable:
+        """Where requests may go."""
+        ...
+
+
+class Prices(Protocol):
+    """The part of the ledger that says what a model costs."""
+
+    async def rate_card(self, model: str) -> RateCard | None:
+        """The price in force, None if there is none."""
+        ...
+
+
+class ReplicaEngine:
+    """The Engine port over a Ray Serve handle."""
+
+    def __init__(self, handle: Any) -> None:
+        self._generate = handle.options(method_name="generate", stream=True)
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineChunk]:
+        """Stream from a replica; closing the iterator cancels the request there."""
+        response = self._generate.remote(request)
+        ended = False
+        try:
+            async for chunk in response:
+                yield chunk
+            ended = True
+        except BackPressureError as error:
+            raise Overloaded("every replica's queue is full", retry_after_s=1) from error
+        except RayTaskError as error:
+            if isinstance(error.cause, MarketError):
+                raise error.cause from None
+            raise EngineFailed(f"the replica failed: {error.cause}") from error
+        except (RayError, RayServeException) as error:
+            raise EngineFailed(f"the replica is gone: {type(error).__name__}") from error
+        finally:
+            if not ended:
+                response.cancel()
+
+
+class LiveRoutes:
+    """The Routes port: a table refreshed twice a second, prices for one second."""
+
+    def __init__(
+        self,
+        config: Config,
+        scheduler: Scheduler,
+        prices: Prices,
+        handle_of: Callable[[str], Any],
+    ) -> None:
+        self._config = config
+        self._scheduler = scheduler
+        self._prices = prices
+        self._handle_of = handle_of
+        self._table = RouteTable((), ())
+        self._cards: dict[str, tuple[RateCard, float]] = {}
+        self._engines: dict[str, ReplicaEngine] = {}
+        self._prompters: dict[str, Prompter] = {}
+        self._loading = asyncio.Lock()
+
+    async def refresh(self) -> None:
+        """Fetch the table now; engines of applications that are gone are forgotten."""
+        self._table = await self._scheduler.routes()
+        apps = {route.app_name for route in self._table.ready}
+        self._engines = {app: engine for app, engine in self._engines.items() if app in apps}
+
+    async def refresh_forever(self) -> None:
+        """Keep the table fresh; the last known one serves on while the scheduler is away."""
+        while True:
+            try:
+                await self.refresh()
+            except MarketError as error:
+                logger.warning("route table not refreshed: %s", error)
+            await asyncio.sleep(REFRESH_S)
+
+    @property
+    def ready(self) -> tuple[Route, ...]:
+        """Routes of models that can be asked right now."""
+        return self._table.ready
+
+    async def route(self, model: str) -> Route:
+        """Where requests for ``model`` go.
+
+        Raises NotFound if it is not deployed, NoCapacity while it starts.
+        """
+        found = self._find(model)
+        if found is None:
+            await self.refresh()  # it may have been deployed a moment ago
+            found = self._find(model)
+        if found is not None:
+            return found
+        for name, reason in self._table.starting:
+            if name == model:
+                raise NoCapacity(
+                    f"model {model} is not ready: {reason}", code="model_loading", retry_after_s=5
+                )
+        served = ", ".join(sorted(route.model for route in self._table.ready)) or "none"
+        raise NotFound(
+            f"model {model!r} is not served here; served: {served}",
+            code="model_not_found",
+            param="model",
+        )
+
+    async def rate_card(self, model: str) -> RateCard:
+        """The price in force. Raises NotFound if there is none: nothing is served for free."""
+        cached = self._cards.get(model)
+        if cached is not None and time.monotonic() < cached[1]:
+            return cached[0]
+        card = await self._prices.rate_card(model)
+        if card is None:
+            raise NotFound(f"model {model} has no price", code="model_not_found", param="model")
+        self._cards[model] = (card, time.monotonic() + PRICE_CACHE_S)
+        return card
+
+    def engine(self, route: Route) -> Engine:
+        """The replicas behind a route."""
+        engine = self._engines.get(route.app_name)
+        if engine is None:
+            engine = ReplicaEngine(self._handle_of(route.app_name))
+            self._engines[route.app_name] = engine
+        return engine
+
+    async def prompter(self, route: Route) -> Prompter:
+        """The model's tokenizer, loaded once per gateway."""
+        prompter = self._prompters.get(route.model_path)
+        if prompter is None:
+            async with self._loading:
+                prompter = self._prompters.get(route.model_path)
+                if prompter is None:
+                    prompter = await asyncio.to_thread(self._load, route)
+                    self._prompters[route.model_path] = prompter
+        return prompter
+
+    def _load(self, route: Route) -> Prompter:
+        folder = fetch(find(route.model), self._config.models_dir, weights=False)
+        return load_prompter(str(folder))
+
+    def _find(self, model: str) -> Route | None:
+        for route in self._table.ready:
+            if route.model == model:
+                return route
+        return None

@@ -1,0 +1,268 @@
+"""``/market/v1``: what the CLI calls. Operators see everything, tenants themselves."""
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, ConfigDict, Field
+
+from market import accounts, catalog, pricing
+from market.accounts import Account, Transfer, TransferKind, tenant_account
+from market.errors import InvalidRequest
+from market.types import CURRENCY, Deployment, Offer, Principal, Role
+from serve_apps.auth import hash_key, key_id, new_key, require_operator, require_subject
+from serve_apps.http import Caller, With
+
+router = APIRouter(prefix="/market/v1")
+
+
+class Strict(BaseModel):
+    """Bodies of our own API refuse unknown fields: a typo must not pass silently."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class NewTenant(Strict):
+    """Body of ``POST /tenants``."""
+
+    tenant_id: str
+
+
+class NewDeposit(Strict):
+    """Body of ``POST /tenants/{id}/deposits``; ``deposit_id`` makes it safe to repeat."""
+
+    amount: str
+    deposit_id: Annotated[str, Field(min_length=1, max_length=100)]
+    reason: Annotated[str, Field(max_length=500)] = "deposit"
+
+
+class NewKey(Strict):
+    """Body of ``POST /keys``."""
+
+    tenant_id: str
+
+
+class NewDeployment(Strict):
+    """Body of ``POST /deployments``."""
+
+    model: str
+    mode: str = "tokens"
+    engine: str | None = None
+    replicas: int = 1
+    dry_run: bool = False
+
+
+@router.get("/status")
+async def status(services: With, caller: Caller) -> dict[str, Any]:
+    """Offers, deployments and the ledger in one answer."""
+    require_operator(caller)
+    ledger = await services.ledger.status()
+    return {
+        "offers": [_offer(offer) for offer in await services.scheduler.offers()],
+        "deployments": [_deployment(d) for d in await services.scheduler.deployments()],
+        "ledger": ledger,
+        "scheduler": await services.scheduler.status(),
+        "tenants": len(await services.ledger.tenants()),
+    }
+
+
+@router.get("/models")
+async def models(services: With, _caller: Caller) -> list[dict[str, Any]]:
+    """The catalog with prices in force and whether a model is deployed."""
+    cards = {card.model: card for card in await services.ledger.rate_cards()}
+    states = {d.model: str(d.state) for d in await services.scheduler.deployments()}
+    return [
+        {
+            "model": model.name,
+            "source": model.source,
+            "licence": model.licence,
+            "parameters": model.parameters,
+            "weights_bytes": model.weights_bytes,
+            "memory_mib": model.memory_mib,
+            "context_tokens": model.context_tokens,
+            "runs_on_cpu": model.runs_on_cpu,
+            "state": states.get(model.name, "not deployed"),
+            **_prices(cards.get(model.name)),
+        }
+        for model in catalog.models()
+    ]
+
+
+@router.get("/prices")
+async def prices(services: With, _caller: Caller) -> list[dict[str, Any]]:
+    """Rate cards in force, per million tokens."""
+    return [
+        {"model": card.model, "price_id": card.price_id, **_prices(card)}
+        for card in await services.ledger.rate_cards()
+    ]
+
+
+@router.get("/offers")
+async def offers(services: With, _caller: Caller) -> list[dict[str, Any]]:
+    """What providers offer."""
+    return [_offer(offer) for offer in await services.scheduler.offers()]
+
+
+@router.get("/providers")
+async def providers(services: With, caller: Caller) -> list[dict[str, str]]:
+    """Who sells."""
+    require_operator(caller)
+    return [{"provider_id": name} for name in await services.ledger.providers()]
+
+
+@router.get("/deployments")
+async def deployments(services: With, _caller: Caller) -> list[dict[str, Any]]:
+    """What should run, and its state."""
+    return [_deployment(d) for d in await services.scheduler.deployments()]
+
+
+@router.post("/deployments")
+async def deploy(body: NewDeployment, services: With, caller: Caller) -> dict[str, Any]:
+    """Make a model available; returns at once, the state tells when it serves."""
+    require_operator(caller)
+    deployment = await services.scheduler.deploy(
+        body.model, body.mode, body.engine, body.replicas, body.dry_run
+    )
+    return _deployment(deployment)
+
+
+@router.delete("/deployments/{model}")
+async def undeploy(model: str, services: With, caller: Caller) -> dict[str, Any]:
+    """Drain and remove a model."""
+    require_operator(caller)
+    return _deployment(await services.scheduler.undeploy(model))
+
+
+@router.post("/tenants")
+async def create_tenant(body: NewTenant, services: With, caller: Caller) -> dict[str, Any]:
+    """Make a tenant with an empty account; again is harmless."""
+    require_operator(caller)
+    created = await services.ledger.create_tenant(body.tenant_id)
+    balance = await services.ledger.balance(body.tenant_id)
+    return {"created": created, **_tenant(body.tenant_id, balance)}
+
+
+@router.get("/tenants")
+async def list_tenants(services: With, caller: Caller) -> list[dict[str, Any]]:
+    """All tenants with their balances."""
+    require_operator(caller)
+    prefix = tenant_account("")
+    return [
+        _tenant(account.account_id.removeprefix(prefix), account)
+        for account in await services.ledger.accounts()
+        if account.account_id.startswith(prefix)
+    ]
+
+
+@router.get("/tenants/{tenant_id}")
+async def show_tenant(tenant_id: str, services: With, caller: Caller) -> dict[str, Any]:
+    """One tenant's balance."""
+    require_subject(caller, tenant_id)
+    return _tenant(tenant_id, await services.ledger.balance(tenant_id))
+
+
+@router.post("/tenants/{tenant_id}/deposits")
+async def deposit(
+    tenant_id: str, body: NewDeposit, services: With, caller: Caller
+) -> dict[str, Any]:
+    """Book money that a tenant paid in; the same ``deposit_id`` books once."""
+    require_operator(caller)
+    amount_pico = pricing.parse_money(body.amount)
+    if amount_pico <= 0:
+        raise InvalidRequest(f"amount: a deposit must be positive, got {body.amount}")
+    await services.ledger.balance(tenant_id)
+    await services.ledger.transfer(
+        Transfer(
+            transfer_id=f"deposit-{tenant_id}-{body.deposit_id}",
+            kind=TransferKind.DEPOSIT,
+            debit_account=accounts.CASH,
+            credit_account=tenant_account(tenant_id),
+            amount_pico=amount_pico,
+            currency=CURRENCY,
+            reason=body.reason,
+            made_by=caller.api_key_id,
+        )
+    )
+    return _tenant(tenant_id, await services.ledger.balance(tenant_id))
+
+
+@router.post("/keys")
+async def create_key(body: NewKey, services: With, caller: Caller) -> dict[str, str]:
+    """Make an API key for a tenant. The secret is in this answer and nowhere else."""
+    require_operator(caller)
+    secret = new_key()
+    principal = Principal(key_id(secret), Role.TENANT, body.tenant_id)
+    await services.ledger.add_key(principal, hash_key(secret))
+    return {"api_key_id": principal.api_key_id, "tenant_id": body.tenant_id, "api_key": secret}
+
+
+@router.get("/keys")
+async def list_keys(services: With, caller: Caller) -> list[dict[str, str | None]]:
+    """Keys without their secrets."""
+    subject = None if caller.role is Role.OPERATOR else caller.subject_id
+    return await services.ledger.keys(subject)
+
+
+@router.delete("/keys/{api_key_id}")
+async def revoke_key(api_key_id: str, services: With, caller: Caller) -> dict[str, str]:
+    """End a key; gateways refuse it within two seconds."""
+    require_operator(caller)
+    await services.ledger.revoke_key(api_key_id)
+    return {"api_key_id": api_key_id, "state": "revoked"}
+
+
+@router.get("/usage")
+async def usage(
+    services: With,
+    caller: Caller,
+    by: Annotated[str, Query()] = "model",
+    tenant: Annotated[str | None, Query()] = None,
+) -> list[dict[str, Any]]:
+    """Requests, tokens and charges per group, of every booked row."""
+    if caller.role is not Role.OPERATOR:
+        tenant = caller.subject_id if tenant is None else tenant
+        require_subject(caller, tenant)
+    groups = [part.strip() for part in by.split(",") if part.strip()]
+    rows = await services.ledger.usage(groups, tenant)
+    return [
+        {name: str(value) if name in ("charge", "day") else value for name, value in row.items()}
+        for row in rows
+    ]
+
+
+@router.get("/ledger")
+async def ledger(services: With, caller: Caller) -> dict[str, Any]:
+    """Where the Parquet ledger is on the operator's machine, and its counters."""
+    require_operator(caller)
+    return await services.ledger.status()
+
+
+def _tenant(tenant_id: str, account: Account) -> dict[str, str]:
+    return {
+        "tenant_id": tenant_id,
+        "balance": pricing.format_money(account.balance_pico),
+        "held": pricing.format_money(account.held_pico),
+        "available": pricing.format_money(account.available_pico),
+        "currency": account.currency,
+    }
+
+
+def _prices(card: Any) -> dict[str, str | None]:
+    if card is None:
+        return {"input_price": None, "cached_input_price": None, "output_price": None}
+    return {
+        "input_price": pricing.format_price(card.input_pico),
+        "cached_input_price": pricing.format_price(card.cached_input_pico),
+        "output_price": pricing.format_price(card.output_pico),
+    }
+
+
+def _offer(offer: Offer) -> dict[str, Any]:
+    values = asdict(offer)
+    values["ask"] = pricing.format_money(values.pop("ask_pico"))
+    return values
+
+
+def _deployment(deployment: Deployment) -> dict[str, Any]:
+    values = asdict(deployment)
+    return {**values, "created_at": deployment.created_at.isoformat()}
