@@ -16,10 +16,10 @@ from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 
 from market import catalog, pricing
+from market.clock import SystemClock
 from market.cluster import hardware, node
 from market.cluster.actors import proxy, start_service, stop_service
 from market.cluster.serve import ServeCluster, import_builder, run_application
-from market.clock import SystemClock
 from market.config import Config
 from market.errors import InvalidRequest, MarketFault
 from market.ledger.service import Ledger

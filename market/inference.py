@@ -4,7 +4,7 @@ Whatever happens to an admitted request, exactly one usage record ends its hold.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -166,9 +166,7 @@ class Inference:
             arrived_s=arrived_s,
         )
 
-    async def stream(
-        self, admission: Admission
-    ) -> AsyncGenerator[EngineChunk | UsageRecord, None]:
+    async def stream(self, admission: Admission) -> AsyncGenerator[EngineChunk | UsageRecord, None]:
         """Yield the answer's chunks, then its committed usage record.
 
         Closing or cancelling it means the client hung up: the engine is aborted and what was
@@ -231,7 +229,7 @@ class Inference:
 
     async def _dispatch(
         self, admission: Admission, meter: Meter
-    ) -> AsyncIterator[EngineChunk]:
+    ) -> AsyncGenerator[EngineChunk, None]:
         """The engine's chunks; one transparent retry if it fails before the first token."""
         request = EngineRequest(
             request_id=admission.request_id,

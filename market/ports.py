@@ -1,6 +1,6 @@
-"""What the stories need from outside, each as small as it can be; a fake for each is in fakes.py."""
+"""What the stories need from outside, each as small as can be; fakes.py has a fake for each."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from datetime import datetime
 from typing import Protocol
 
@@ -23,7 +23,7 @@ class Clock(Protocol):
 class Engine(Protocol):
     """Something that generates tokens: vLLM, transformers, or a replica far away."""
 
-    def generate(self, request: EngineRequest) -> AsyncIterator[EngineChunk]:
+    def generate(self, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
         """Stream chunks; the last one has a finish reason. Closing the iterator aborts.
 
         Raises EngineFailed when the engine or its replica dies, InvalidRequest when it refuses.

@@ -85,7 +85,7 @@ def run_group(engine: Engine, state: Any, commands: Sequence[Command]) -> list[A
                 savepoint.commit()
             except SQLAlchemyError:
                 raise
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  # handed to the one who asked
                 savepoint.rollback()
                 vars(state).update(before)
                 results.append(error)
@@ -117,9 +117,7 @@ def upsert(connection: Connection, table: Table, rows: list[dict[str, object]]) 
     statement = insert(table)
     keys = [column.name for column in table.primary_key]
     overwritten = {c.name: statement.excluded[c.name] for c in table.c if c.name not in keys}
-    connection.execute(
-        statement.on_conflict_do_update(index_elements=keys, set_=overwritten), rows
-    )
+    connection.execute(statement.on_conflict_do_update(index_elements=keys, set_=overwritten), rows)
 
 
 class Pico(TypeDecorator[int]):
@@ -129,16 +127,19 @@ class Pico(TypeDecorator[int]):
     cache_ok = True
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        """Column type per database."""
         if dialect.name == "postgresql":
             return dialect.type_descriptor(Numeric(40, 0))
         return dialect.type_descriptor(Text())
 
     def process_bind_param(self, value: int | None, dialect: Dialect) -> Any:
+        """To the database."""
         if value is None or dialect.name == "postgresql":
             return value
         return str(value)
 
     def process_result_value(self, value: Any, dialect: Dialect) -> int | None:
+        """From the database."""
         return None if value is None else int(value)
 
 
@@ -149,9 +150,11 @@ class Moment(TypeDecorator[datetime]):
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> int | None:
+        """To the database."""
         return None if value is None else to_micros(value)
 
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
+        """From the database."""
         return None if value is None else from_micros(value)
 
 

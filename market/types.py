@@ -236,9 +236,7 @@ class UsageRecord:
     attrs: tuple[tuple[str, str], ...] = field(default=())
 
     @classmethod
-    def for_hold(
-        cls, hold: HoldRequest, *, counts: TokenCounts, **ending: Any
-    ) -> "UsageRecord":
+    def for_hold(cls, hold: HoldRequest, *, counts: TokenCounts, **ending: Any) -> "UsageRecord":
         """The record that ends ``hold``; ``ending`` are the fields only its end decides."""
         return cls(
             producer=hold.producer,

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make a small Qwen2-architecture model (about 1 M parameters) from the text that ships with Python.
+"""Make a Qwen2-architecture model of about 1 M parameters from the text that ships with Python.
 
 The tokenizer is a byte-level BPE trained on ``pydoc_data.topics``; the weights are random but
 seeded (``--train-steps 0``: same bytes each time, answers are noise) or trained for a few hundred
@@ -101,9 +101,7 @@ def conversations(topics: dict[str, list[str]], rng: random.Random) -> str:
     paragraphs = topics[topic]
     answer = paragraphs[min(int(rng.expovariate(0.7)), len(paragraphs) - 1)]
     system = f"{IM_START}system\n{SYSTEM_PROMPT}{IM_END}\n" if rng.random() < 0.3 else ""
-    return (
-        f"{system}{IM_START}user\n{question}{IM_END}\n{IM_START}assistant\n{answer}{IM_END}\n"
-    )
+    return f"{system}{IM_START}user\n{question}{IM_END}\n{IM_START}assistant\n{answer}{IM_END}\n"
 
 
 def train(model: Any, tokenizer: Any, topics: dict[str, list[str]], steps: int, seed: int) -> float:

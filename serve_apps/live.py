@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, Protocol
 
 from ray.exceptions import RayError, RayTaskError
@@ -45,7 +45,7 @@ class ReplicaEngine:
     def __init__(self, handle: Any) -> None:
         self._generate = handle.options(method_name="generate", stream=True)
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineChunk]:
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
         """Stream from a replica; closing the iterator cancels the request there."""
         response = self._generate.remote(request)
         ended = False

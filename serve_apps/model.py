@@ -1,7 +1,7 @@
 """A model replica: one engine inside one Ray Serve replica."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 from ray import serve
@@ -31,7 +31,7 @@ class ModelReplica:
         settings = EngineSettings(folder, entry.served_context_tokens, gpu_milli / 1000)
         self._engine = await start_engine(engine, settings)
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineChunk]:
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
         """Stream an answer."""
         async for chunk in self._engine.generate(request):
             yield chunk

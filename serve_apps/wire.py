@@ -113,7 +113,7 @@ class CompletionBody(GenerationBody):
     prompt: str | list[int] | list[str] | list[list[int]]
 
 
-_NOT_SERVED = {
+_NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "n": (None, 1),
     "best_of": (None, 1),
     "logprobs": (None, False, 0),

@@ -63,7 +63,16 @@ def status(output: OutputOption = Output.TABLE) -> None:
     show(
         output,
         answer["offers"],
-        ("offer_id", "provider_id", "node_id", "gpu_type", "gpus", "cpu_count", "memory_mib", "ask"),
+        (
+            "offer_id",
+            "provider_id",
+            "node_id",
+            "gpu_type",
+            "gpus",
+            "cpu_count",
+            "memory_mib",
+            "ask",
+        ),
     )
     show(
         output,

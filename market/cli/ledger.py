@@ -9,7 +9,7 @@ from market.cli.output import Output, OutputOption, show
 app = typer.Typer(help="The Parquet ledgers.", no_args_is_help=True)
 
 
-@app.command(epilog="Example: python -c \"import pandas; print(pandas.read_parquet('$(market ledger path)'))\"")
+@app.command(epilog="Example: market ledger path transfers")
 def path(
     dataset: Annotated[str, typer.Argument(help="usage or transfers.")] = "usage",
     output: OutputOption = Output.TABLE,

@@ -39,7 +39,9 @@ def show_tenant(tenant: Tenant, output: OutputOption = Output.TABLE) -> None:
 @app.command(epilog="Example: market tenants deposit acme 10 --id invoice-17")
 def deposit(
     tenant: Tenant,
-    amount: Annotated[str, typer.Argument(help="Amount in the market's currency, e.g. 10 or 2.50.")],
+    amount: Annotated[
+        str, typer.Argument(help="Amount in the market's currency, e.g. 10 or 2.50.")
+    ],
     deposit_id: Annotated[
         str | None, typer.Option("--id", help="The same id again books nothing.")
     ] = None,

@@ -76,9 +76,7 @@ class Producer:
                 batch.append(self._waiting.get_nowait())
             await self._send(batch)
 
-    async def _send(
-        self, batch: Sequence[tuple[UsageRecord, asyncio.Future[UsageRecord]]]
-    ) -> None:
+    async def _send(self, batch: Sequence[tuple[UsageRecord, asyncio.Future[UsageRecord]]]) -> None:
         numbered = [
             record.emitted_by(self._name, self._epoch, self._next_seq + offset)
             for offset, (record, _) in enumerate(batch)
@@ -104,9 +102,7 @@ class Producer:
         payload = encode_batch(records)
         while True:
             try:
-                return await self._ledger.append(
-                    self._name, self._epoch, records[0].seq, payload
-                )
+                return await self._ledger.append(self._name, self._epoch, records[0].seq, payload)
             except Overloaded as error:
                 # Never give up on served tokens: the same batch again is booked once.
                 logger.warning("ledger unreachable, trying again: %s", error)

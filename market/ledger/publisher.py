@@ -7,7 +7,6 @@ finished ``*.parquet`` files ever exists under ``ledger/``.
 
 import hashlib
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from enum import StrEnum
@@ -245,9 +244,7 @@ def _rows_after(connection: Connection, dataset: Dataset, published: int) -> pa.
 def _part(values: object) -> Part:
     row = dict(values)  # type: ignore[call-overload]
     day = date.fromisoformat(row["date"])
-    return Part(
-        Dataset(row["dataset"]), row["lo"], row["hi"], day, row["rows"], row["sha256"]
-    )
+    return Part(Dataset(row["dataset"]), row["lo"], row["hi"], day, row["rows"], row["sha256"])
 
 
 def _write(rows: pa.Table, path: Path, dataset: Dataset) -> None:

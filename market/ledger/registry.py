@@ -16,7 +16,8 @@ def check_name(what: str, name: str) -> None:
     """Raises InvalidRequest unless ``name`` is fit for an id (it becomes part of others)."""
     if not NAME.fullmatch(name):
         raise InvalidRequest(
-            f"{what} {name!r}: use 1 to 63 of a-z, 0-9, '.', '_', '-', starting with one of a-z, 0-9"
+            f"{what} {name!r}: use 1 to 63 of a-z, 0-9, '.', '_' and '-', "
+            "starting with a letter or digit"
         )
 
 

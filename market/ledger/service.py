@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection
@@ -193,7 +194,13 @@ class Ledger:
 
     async def append(self, producer: str, epoch: int, first_seq: int, payload: bytes) -> int:
         """Book a batch of usage exactly once; returns the next sequence number."""
-        command = lambda c: self._store.append(c, producer, epoch, first_seq, payload)  # noqa: E731
+        command = partial(
+            self._store.append,
+            producer=producer,
+            epoch=epoch,
+            first_seq=first_seq,
+            payload=payload,
+        )
         return int(await self._command(command))
 
     async def usage(self, by: list[str], tenant_id: str | None) -> list[dict[str, Any]]:
@@ -264,7 +271,7 @@ class Ledger:
         while True:
             today = self._clock.now().date()
             parts = await self._submit(
-                lambda c, day=today: self._publisher.parts_on(c, Dataset.USAGE, day)
+                partial(self._publisher.parts_on, dataset=Dataset.USAGE, day=today)
             )
             await asyncio.sleep(seal_interval(parts))
             try:

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 import pyarrow as pa
 from sqlalchemy import Connection, Row, Table, func, select, update
@@ -166,7 +167,7 @@ class LedgerStore:
         fresh = batch.slice(next_seq - first_seq)
         _check_identity(fresh, producer, epoch, next_seq)
         self._book(connection, fresh)
-        next_seq = first_seq + batch.num_rows
+        next_seq = first_seq + int(batch.num_rows)
         connection.execute(
             update(tables.producers)
             .where(tables.producers.c.producer == producer)
@@ -177,6 +178,7 @@ class LedgerStore:
     def _book(self, connection: Connection, batch: pa.RecordBatch) -> None:
         rows = batch.select(_BOOKED_COLUMNS).to_pylist()
         check_charges(rows, rate_cards_by_id(connection, {row["price_id"] for row in rows}))
+        booked_at = self._book_time()
         lsn_lo = self.counters.next_lsn
         lsn_hi = lsn_lo + len(rows) - 1
         owed: dict[tuple[str, str, str], int] = defaultdict(int)
@@ -214,10 +216,11 @@ class LedgerStore:
                 )
             )
             assert status is rules.TransferStatus.CREATED, status
-        self._save_books(connection, books)
+        # The charge must fall on the date of the rows it pays for, also around midnight.
+        self._save_books(connection, books, booked_at)
         connection.execute(
             tables.journal.insert().values(
-                lsn_lo=lsn_lo, lsn_hi=lsn_hi, booked_at=self._book_time(), batch=serialize(batch)
+                lsn_lo=lsn_lo, lsn_hi=lsn_hi, booked_at=booked_at, batch=serialize(batch)
             )
         )
         self.counters.next_lsn = lsn_hi + 1
@@ -246,7 +249,9 @@ class LedgerStore:
         self.counters.booked_at = max(self.counters.booked_at, self._clock.now())
         return self.counters.booked_at
 
-    def _save_books(self, connection: Connection, books: Books) -> None:
+    def _save_books(
+        self, connection: Connection, books: Books, booked_at: datetime | None = None
+    ) -> None:
         if books.changed_accounts:
             changed = [asdict(books.accounts[name]) for name in sorted(books.changed_accounts)]
             upsert(connection, tables.accounts, changed)
@@ -259,7 +264,7 @@ class LedgerStore:
         for transfer in books.new_transfers:
             row = asdict(transfer) | {
                 "tsn": self.counters.next_tsn,
-                "booked_at": self._book_time(),
+                "booked_at": booked_at or self._book_time(),
             }
             connection.execute(tables.transfers.insert().values(row))
             self.counters.next_tsn += 1
@@ -281,20 +286,20 @@ _BOOKED_COLUMNS = [
 ]
 
 
-def check_charges(rows: Iterable[dict[str, object]], cards: dict[str, RateCard]) -> None:
+def check_charges(rows: Iterable[dict[str, Any]], cards: dict[str, RateCard]) -> None:
     """Re-rate every row. Raises InvalidRequest for an unknown price or another charge."""
     for row in rows:
-        card = cards.get(str(row["price_id"]))
+        card = cards.get(row["price_id"])
         if card is None or card.currency != row["currency"]:
             raise InvalidRequest(f"{row['request_id']}: unknown price {row['price_id']}")
         reason = row["finish_reason"]
         counts = TokenCounts(
-            row["input_tokens"],  # type: ignore[arg-type]
-            row["cached_input_tokens"],  # type: ignore[arg-type]
-            row["output_tokens"],  # type: ignore[arg-type]
+            row["input_tokens"],
+            row["cached_input_tokens"],
+            row["output_tokens"],
         )
         expected = pricing.charge(
-            counts, card, FinishReason(reason) if reason else None, Lane(str(row["lane"]))
+            counts, card, FinishReason(reason) if reason else None, Lane(row["lane"])
         )
         if pricing.to_decimal(expected) != row["charge"]:
             raise InvalidRequest(
@@ -311,9 +316,7 @@ def _load_books(
     account_rows = _rows_by_key(connection, tables.accounts, "account_id", account_ids)
     hold_rows = _rows_by_key(connection, tables.holds, "hold_id", hold_ids)
     transfer_rows = _rows_by_key(connection, tables.transfers, "transfer_id", transfer_ids)
-    return Books(
-        map(_account, account_rows), map(_hold, hold_rows), map(_transfer, transfer_rows)
-    )
+    return Books(map(_account, account_rows), map(_hold, hold_rows), map(_transfer, transfer_rows))
 
 
 def _rows_by_key(

@@ -70,7 +70,9 @@ def _steps(deployment: Deployment, seen: Observed | None) -> list[Step]:
         failed = deployment.state is DeploymentState.FAILED
         return [] if failed else [Start(deployment)]
     if seen.failed:
-        return _mark(deployment, DeploymentState.FAILED, seen.message or "the replica did not start")
+        return _mark(
+            deployment, DeploymentState.FAILED, seen.message or "the replica did not start"
+        )
     if seen.running:
         return _mark(deployment, DeploymentState.READY, "serving")
     return _mark(deployment, DeploymentState.STARTING, seen.message or "replica starting")

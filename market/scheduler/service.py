@@ -5,9 +5,8 @@ import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
-
-from sqlalchemy import Connection
 
 from market import catalog, placement, storage
 from market.config import Config
@@ -140,7 +139,7 @@ class Scheduler:
         for deployment in await self.deployments():
             if deployment.model == model_name:
                 stopping = replace(deployment, state=DeploymentState.STOPPING, reason="draining")
-                await self._command(lambda c, d=stopping: store.save_deployment(c, d))
+                await self._command(partial(store.save_deployment, deployment=stopping))
                 return stopping
         raise NotFound(
             f"model {model_name!r} is not deployed (market deployments)", code="model_not_found"
@@ -198,10 +197,10 @@ class Scheduler:
                     await asyncio.to_thread(self._cluster.remove, app_name)
                 case reconcile.Mark(deployment_id, state, reason):
                     await self._command(
-                        lambda c, i=deployment_id, s=state, r=reason: store.mark(c, i, s, r)
+                        partial(store.mark, deployment_id=deployment_id, state=state, reason=reason)
                     )
                 case reconcile.Forget(deployment_id):
-                    await self._command(lambda c, i=deployment_id: store.forget(c, i))
+                    await self._command(partial(store.forget, deployment_id=deployment_id))
 
     async def _command(self, command: storage.Command) -> Any:
         results = await self._in_thread(storage.run_group, self._engine, Counters(), [command])
@@ -210,9 +209,7 @@ class Scheduler:
         return results[0]
 
     async def _in_thread(self, function: Any, *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(
-            self._thread, function, *arguments
-        )
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
 
 def _place(

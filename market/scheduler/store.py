@@ -34,9 +34,7 @@ def deployments(connection: Connection) -> list[Deployment]:
     return [_deployment(row) for row in connection.execute(query)]
 
 
-def mark(
-    connection: Connection, deployment_id: str, state: DeploymentState, reason: str
-) -> None:
+def mark(connection: Connection, deployment_id: str, state: DeploymentState, reason: str) -> None:
     """Set state and reason; one that is being stopped stays so."""
     table = tables.deployments
     where = (table.c.deployment_id == deployment_id, table.c.state != DeploymentState.STOPPING)

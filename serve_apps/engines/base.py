@@ -1,7 +1,7 @@
 """What every engine is given and what it tells besides its chunks."""
 
 import importlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
@@ -23,7 +23,7 @@ class EngineSettings:
 class LoadedEngine(Protocol):
     """The Engine port and the life of the engine behind it."""
 
-    def generate(self, request: EngineRequest) -> AsyncIterator[EngineChunk]:
+    def generate(self, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
         """Stream an answer; closing the iterator aborts it."""
         ...
 

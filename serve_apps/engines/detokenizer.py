@@ -57,7 +57,9 @@ class Detokenizer:
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def _give(self, until: int) -> str:
-        found = [at for at in (self._text.find(s, self._search_from()) for s in self._stop) if at >= 0]
+        found = [
+            at for at in (self._text.find(s, self._search_from()) for s in self._stop) if at >= 0
+        ]
         if found:
             self.stopped = True
             until = min(found)

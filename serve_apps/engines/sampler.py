@@ -6,7 +6,7 @@ to the one token drawn for that request, so that any sampling after us picks it.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers.generation.continuous_batching.cb_logits_processors import (
@@ -21,8 +21,8 @@ GREEDY_BELOW = 1e-5
 class RequestSampler(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
     """Draws each running request's next token by its own parameters."""
 
-    supported_kwargs = {"sampling": Sampling}
-    ignored_kwargs = ()
+    supported_kwargs: ClassVar[dict[str, type]] = {"sampling": Sampling}
+    ignored_kwargs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, eos_token_ids: Sequence[int], seed: int | None = None) -> None:
         self._eos_token_ids = list(eos_token_ids)

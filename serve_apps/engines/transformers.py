@@ -1,7 +1,7 @@
 """transformers with its own continuous batching: small to install, starts in seconds."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from market.errors import EngineFailed
@@ -70,7 +70,8 @@ def _cache_pages(config: Any, settings: EngineSettings) -> int:
     bytes_per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * 4
     affordable = settings.kv_cache_mib * MIB // (bytes_per_token * PAGE_TOKENS)
     wanted = settings.sequences_max * -(-settings.max_context_tokens // PAGE_TOKENS)
-    return max(min(affordable, wanted), -(-settings.max_context_tokens // PAGE_TOKENS) + 1)
+    one_sequence = -(-settings.max_context_tokens // PAGE_TOKENS) + 1
+    return max(int(min(affordable, wanted)), one_sequence)
 
 
 class TransformersEngine:
@@ -82,7 +83,7 @@ class TransformersEngine:
         self._sampler = sampler
         self._eos_ids = frozenset(eos_ids)
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineChunk]:
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
         """Stream an answer; closing the iterator cancels it. Nothing is cached between requests."""
         await self.check_health()
         request_id, sampling = request.request_id, request.sampling

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from market.errors import EngineFailed, InvalidRequest
@@ -45,7 +45,7 @@ class VllmEngine:
     def __init__(self, engine: Any) -> None:
         self._engine = engine
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineChunk]:
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
         """Stream an answer; closing the iterator aborts it in vLLM."""
         from vllm.inputs import TokensPrompt
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -67,9 +67,7 @@ class VllmEngine:
                         output.num_cached_tokens or 0,
                         produced,
                     )
-                    yield chunk(
-                        answer.text, tuple(answer.token_ids), counts, answer.finish_reason
-                    )
+                    yield chunk(answer.text, tuple(answer.token_ids), counts, answer.finish_reason)
         except (EngineDeadError, EngineGenerateError) as error:
             raise EngineFailed(f"vLLM failed: {error}") from error
         except ValueError as error:

@@ -1,0 +1,271 @@
+"""A fake for each port: small, exact, and held to the same contract tests as the real ones."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+
+from market import accounts as rules
+from market import pricing
+from market.accounts import Account, Books, HoldResult, HoldState, Transfer, TransferKind
+from market.errors import Conflict, EngineFailed, InvalidRequest, NotFound
+from market.ports import Engine
+from market.types import (
+    CURRENCY,
+    EngineChunk,
+    EngineRequest,
+    FinishReason,
+    HoldRequest,
+    RateCard,
+    Route,
+    TokenCounts,
+    UsageQuality,
+    UsageRecord,
+)
+
+
+class FakeClock:
+    """Time that moves only when told."""
+
+    def __init__(self, start: datetime = datetime(2026, 11, 1, 12, 0, tzinfo=UTC)) -> None:
+        self._start = start
+        self._elapsed_s = 0.0
+
+    def now(self) -> datetime:
+        """The start plus what was advanced."""
+        return self._start + timedelta(seconds=self._elapsed_s)
+
+    def monotonic(self) -> float:
+        """Seconds advanced so far."""
+        return self._elapsed_s
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self._elapsed_s += seconds
+
+
+@dataclass
+class FakeEngine:
+    """Answers with the tokens 0, 1, 2 ... as far as asked; can die, be slow, or stop early.
+
+    ``fail_at`` kills the first ``failures`` requests after so many tokens; ``gate``, if given, is
+    awaited before each token.
+    """
+
+    stop_after: int | None = None
+    cached_input_tokens: int = 0
+    fail_at: int | None = None
+    failures: int = 1_000_000
+    gate: asyncio.Semaphore | None = None
+    requests: list[EngineRequest] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
+        """One chunk per token; the text of token n is its number and a space."""
+        self.requests.append(request)
+        assert request.sampling.max_tokens is not None
+        limit = request.sampling.max_tokens
+        last = limit if self.stop_after is None else min(limit, self.stop_after)
+        ended = False
+        try:
+            for produced in range(1, last + 1):
+                if self.gate is not None:
+                    await self.gate.acquire()
+                if self.failures > 0 and self.fail_at == produced - 1:
+                    self.failures -= 1
+                    ended = True
+                    raise EngineFailed("killed by the test")
+                counts = TokenCounts(
+                    len(request.prompt_token_ids), self.cached_input_tokens, produced
+                )
+                reason = None
+                if produced == last:
+                    stopped = last == self.stop_after
+                    reason = FinishReason.STOP if stopped else FinishReason.LENGTH
+                    ended = True
+                yield EngineChunk(f"{produced - 1} ", (produced - 1,), counts, reason)
+        finally:
+            if not ended:
+                self.aborted.append(request.request_id)
+
+
+class FakeRoutes:
+    """One model behind one engine at one price."""
+
+    def __init__(self, route: Route, card: RateCard | None, engine: Engine) -> None:
+        self._route, self.card, self._engine = route, card, engine
+
+    async def route(self, model: str) -> Route:
+        """Raises NotFound for any other model."""
+        if model != self._route.model:
+            raise NotFound(f"model {model!r} is not served", code="model_not_found")
+        return self._route
+
+    async def rate_card(self, model: str) -> RateCard:
+        """The card, or NotFound."""
+        if self.card is None:
+            raise NotFound(f"model {model} has no price", code="model_not_found")
+        return self.card
+
+    def engine(self, route: Route) -> Engine:
+        """The engine."""
+        return self._engine
+
+
+class MemoryLedger:
+    """The ledger's promises without SQL: books in memory, each record booked once."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        self._clock = clock
+        self._books = Books(rules.chart_of_accounts(CURRENCY))
+        self._cards: dict[str, RateCard] = {}
+        self._producers: dict[str, tuple[int, int]] = {}
+        self.records: list[UsageRecord] = []
+
+    async def create_tenant(self, tenant_id: str) -> bool:
+        """Make a tenant's account."""
+        account = rules.prepaid_account(rules.tenant_account(tenant_id), CURRENCY)
+        return self._books.open_account(account)
+
+    async def create_provider(self, provider_id: str) -> bool:
+        """Make a provider's account."""
+        account = rules.prepaid_account(rules.provider_account(provider_id), CURRENCY)
+        return self._books.open_account(account)
+
+    async def add_rate_cards(self, cards: list[RateCard], only_new_models: bool) -> None:
+        """Add prices."""
+        for card in cards:
+            known = any(other.model == card.model for other in self._cards.values())
+            if not (only_new_models and known):
+                self._cards[card.price_id] = card
+
+    async def balance(self, tenant_id: str) -> Account:
+        """A tenant's account."""
+        account = self._books.accounts.get(rules.tenant_account(tenant_id))
+        if account is None:
+            raise NotFound(f"tenant {tenant_id!r} does not exist", code="tenant_not_found")
+        return account
+
+    async def accounts(self) -> list[Account]:
+        """All accounts, by id."""
+        return [self._books.accounts[name] for name in sorted(self._books.accounts)]
+
+    async def transfer(self, transfer: Transfer) -> None:
+        """Move money once per id."""
+        status = self._books.transfer(transfer)
+        if status is rules.TransferStatus.EXISTS_DIFFERENT:
+            raise Conflict(f"transfer id {transfer.transfer_id} was used for another transfer")
+        if status not in (rules.TransferStatus.CREATED, rules.TransferStatus.EXISTS):
+            raise InvalidRequest(f"transfer {transfer.transfer_id} refused: {status}")
+
+    async def open_hold(self, request: HoldRequest) -> HoldResult:
+        """Set money aside."""
+        self._check_epoch(request.producer, request.epoch)
+        return self._books.open_hold(request)
+
+    async def open_holds(self) -> list[rules.Hold]:
+        """Holds that have not ended."""
+        return [h for h in self._books.holds.values() if h.state is HoldState.PENDING]
+
+    async def register_producer(self, producer: str) -> int:
+        """A new epoch; open holds of the old one end with an empty record."""
+        epoch = self._producers.get(producer, (0, 0))[0] + 1
+        self._producers[producer] = (epoch, 0)
+        for hold in await self.open_holds():
+            if hold.request.producer == producer:
+                self._book(
+                    UsageRecord.for_hold(
+                        hold.request,
+                        counts=TokenCounts(0, 0, 0),
+                        finished_at=self._clock.now(),
+                        charge_pico=0,
+                        finish_reason=FinishReason.MARKET_FAULT,
+                        usage_quality=UsageQuality.RECOVERED,
+                    )
+                )
+        return epoch
+
+    async def append_records(
+        self, producer: str, epoch: int, first_seq: int, records: Sequence[UsageRecord]
+    ) -> int:
+        """Book each record once; the same rules as ``append`` of the real ledger."""
+        self._check_epoch(producer, epoch)
+        next_seq = self._producers[producer][1]
+        if first_seq > next_seq:
+            raise Conflict("gap in the sequence", code="sequence_gap")
+        fresh = records[next_seq - first_seq :]
+        for record in fresh:
+            self._check_charge(record)
+        for record in fresh:
+            self._book(record)
+        next_seq = max(next_seq, first_seq + len(records))
+        self._producers[producer] = (epoch, next_seq)
+        return next_seq
+
+    def _check_epoch(self, producer: str, epoch: int) -> None:
+        known = self._producers.get(producer, (0, 0))[0]
+        if epoch != known:
+            raise Conflict(f"{producer} of epoch {epoch} is fenced", code="producer_fenced")
+
+    def _check_charge(self, record: UsageRecord) -> None:
+        card = self._cards.get(record.price_id)
+        if card is None:
+            raise InvalidRequest(f"unknown price {record.price_id}")
+        counts = TokenCounts(
+            record.input_tokens, record.cached_input_tokens, record.output_tokens
+        )
+        if record.charge_pico != pricing.charge(counts, card, record.finish_reason, record.lane):
+            raise InvalidRequest(f"charge does not follow from {card.price_id}")
+
+    def _book(self, record: UsageRecord) -> None:
+        assert record.request_id is not None
+        self._books.post_hold(record.request_id, record.charge_pico)
+        self.records.append(record)
+        if record.charge_pico:
+            lsn = len(self.records)
+            self._books.transfer(
+                Transfer(
+                    transfer_id=f"charge-{lsn}",
+                    kind=TransferKind.CHARGE,
+                    debit_account=rules.tenant_account(record.tenant_id),
+                    credit_account=rules.provider_account(record.provider_id),
+                    amount_pico=record.charge_pico,
+                    currency=record.currency,
+                    reason="usage",
+                    made_by="ledger",
+                    lsn_lo=lsn,
+                    lsn_hi=lsn,
+                )
+            )
+
+
+class DirectSink:
+    """A UsageSink that books each record at once in a MemoryLedger."""
+
+    def __init__(self, ledger: MemoryLedger, producer: str = "gw0") -> None:
+        self._ledger = ledger
+        self._producer = producer
+        self._epoch = 0
+        self._next_seq = 0
+        self._requests = 0
+
+    async def start(self) -> None:
+        """Take an epoch."""
+        self._epoch = await self._ledger.register_producer(self._producer)
+
+    def identity(self) -> tuple[str, int]:
+        """(producer, epoch)."""
+        return self._producer, self._epoch
+
+    def next_request_id(self) -> str:
+        """Counted from one."""
+        self._requests += 1
+        return f"req-{self._producer}-{self._requests}"
+
+    async def record(self, record: UsageRecord) -> UsageRecord:
+        """Book it."""
+        numbered = replace(record, seq=self._next_seq)
+        self._next_seq = await self._ledger.append_records(
+            self._producer, self._epoch, self._next_seq, [numbered]
+        )
+        return numbered
