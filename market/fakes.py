@@ -211,9 +211,7 @@ class MemoryLedger:
         card = self._cards.get(record.price_id)
         if card is None:
             raise InvalidRequest(f"unknown price {record.price_id}")
-        counts = TokenCounts(
-            record.input_tokens, record.cached_input_tokens, record.output_tokens
-        )
+        counts = TokenCounts(record.input_tokens, record.cached_input_tokens, record.output_tokens)
         if record.charge_pico != pricing.charge(counts, card, record.finish_reason, record.lane):
             raise InvalidRequest(f"charge does not follow from {card.price_id}")
 

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 GROUP_MAX = 512
 QUEUE_MAX = 10_000
 
+Waiting = tuple[storage.Command, asyncio.Future[Any]]
+
 
 def exit_process() -> None:
     """End this process at once; Ray starts a new one, which recovers from SQL."""
@@ -47,7 +49,7 @@ class Ledger:
         self._on_fatal = on_fatal
         self._store = LedgerStore(clock)
         self._publisher = Publisher(config.ledger_dir, config.staging_dir)
-        self._commands: asyncio.Queue[tuple[storage.Command, asyncio.Future[Any]]]
+        self._commands: asyncio.Queue[Waiting]
         self._commands = asyncio.Queue(QUEUE_MAX)
         self._writer = ThreadPoolExecutor(1, "ledger-writer")
         self._files = ThreadPoolExecutor(1, "ledger-files")
@@ -78,14 +80,16 @@ class Ledger:
         if self._closed:
             return
         self._closed = True
-        await self.publish()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.get_running_loop().run_in_executor(self._writer, self._engine.dispose)
-        self._writer.shutdown()
-        self._files.shutdown()
-        self._resources.close()
+        try:
+            await self.publish()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await asyncio.get_running_loop().run_in_executor(self._writer, self._engine.dispose)
+            self._writer.shutdown()
+            self._files.shutdown()
+            self._resources.close()
 
     # -- commands --------------------------------------------------------------------------
 
@@ -223,6 +227,8 @@ class Ledger:
     async def publish(self) -> None:
         """Make everything booked so far public."""
         async with self._publishing:
+            # An earlier round may have stopped half-way (disk full, a crash): finish that first.
+            await self._submit(self._publisher.repair)
             for dataset in Dataset:
                 while await self._publish_part(dataset):
                     pass
@@ -244,14 +250,21 @@ class Ledger:
             waiting = [await self._commands.get()]
             while len(waiting) < GROUP_MAX and not self._commands.empty():
                 waiting.append(self._commands.get_nowait())
-            results = await self._run_group([command for command, _ in waiting])
-            for (_, future), result in zip(waiting, results, strict=True):
-                if future.cancelled():
-                    continue
-                if isinstance(result, Exception):
-                    future.set_exception(result)
-                else:
-                    future.set_result(result)
+            try:
+                results = await self._run_group([command for command, _ in waiting])
+            except Exception as error:
+                self._answer(waiting, [error] * len(waiting))
+                raise
+            self._answer(waiting, results)
+
+    def _answer(self, waiting: list[Waiting], results: list[Any]) -> None:
+        for (_, future), result in zip(waiting, results, strict=True):
+            if future.done():
+                continue  # whoever asked is gone; the command was done all the same
+            if isinstance(result, Exception):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
 
     async def _run_group(self, commands: list[storage.Command]) -> list[Any]:
         loop = asyncio.get_running_loop()

@@ -1,0 +1,204 @@
+"""One suite for everything that keeps the books: the fake in memory and the real one over SQL."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import pytest
+
+from market.accounts import CASH, HoldState, HoldStatus, provider_account, tenant_account
+from market.config import Config
+from market.errors import Conflict, InvalidRequest, MarketError, NotFound
+from market.fakes import FakeClock, MemoryLedger
+from market.ledger.schema import encode_batch
+from market.ledger.service import Ledger
+from market.pricing import charge
+from market.types import FinishReason, TokenCounts, UsageRecord
+from tests.samples import CARD, NOON, deposit, hold_request
+
+COUNTS = TokenCounts(100, 40, 10)
+CHARGE = charge(COUNTS, CARD, FinishReason.STOP, hold_request().lane)
+WANTED = {"wanted_pico": 2 * CHARGE, "minimum_pico": CHARGE}
+
+
+class SqlLedger(Ledger):
+    """The real one, taking records as the fake does."""
+
+    async def append_records(self, producer, epoch, first_seq, records):
+        return await self.append(producer, epoch, first_seq, encode_batch(records))
+
+
+def record(request, seq, reason=FinishReason.STOP, counts=COUNTS):
+    return UsageRecord.for_hold(
+        request,
+        counts=counts,
+        finished_at=NOON,
+        charge_pico=charge(counts, CARD, reason, request.lane),
+        finish_reason=reason,
+    ).emitted_by("gw0", request.epoch, seq)
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+async def ledger(request, tmp_path) -> AsyncIterator[MemoryLedger | SqlLedger]:
+    async with contextlib.AsyncExitStack() as stack:
+        if request.param == "memory":
+            ledger = MemoryLedger(FakeClock())
+        else:
+            config = Config(tmp_path, "http://127.0.0.1:1")
+            ledger = SqlLedger(config, FakeClock(), on_fatal=lambda: None)
+            await ledger.open()
+            stack.push_async_callback(ledger.close)
+        await ledger.create_tenant("acme")
+        await ledger.create_provider("local")
+        await ledger.add_rate_cards([CARD], only_new_models=False)
+        await ledger.transfer(deposit("10"))
+        yield ledger
+
+
+async def held(ledger, hold_id="req-gw0-1", epoch=1):
+    request = hold_request(hold_id, epoch=epoch, **WANTED)
+    await ledger.open_hold(request)
+    return request
+
+
+async def balances(ledger):
+    accounts = {account.account_id: account for account in await ledger.accounts()}
+    debits = sum(account.debits_pico for account in accounts.values())
+    assert debits == sum(account.credits_pico for account in accounts.values())
+    return accounts
+
+
+class TestTenants:
+    async def test_creating_one_twice_keeps_its_money(self, ledger):
+        assert await ledger.create_tenant("acme") is False
+        assert (await ledger.balance("acme")).balance_pico == 10 * 10**12
+
+    async def test_unknown_one_is_not_found(self, ledger):
+        with pytest.raises(NotFound):
+            await ledger.balance("nobody")
+
+
+class TestTransfers:
+    async def test_deposit_books_once_per_id(self, ledger):
+        await ledger.transfer(deposit("10"))
+        assert (await ledger.balance("acme")).balance_pico == 10 * 10**12
+        assert (await balances(ledger))[CASH].balance_pico == 10 * 10**12
+
+    async def test_same_id_with_another_amount_conflicts(self, ledger):
+        with pytest.raises(Conflict):
+            await ledger.transfer(deposit("11"))
+
+    async def test_unknown_account_is_refused(self, ledger):
+        with pytest.raises(InvalidRequest):
+            await ledger.transfer(deposit("1", "other", tenant="nobody"))
+
+    async def test_amounts_beyond_64_bits_stay_exact(self, ledger):
+        huge = deposit("1000000000000000", "huge")
+        for n in range(3):
+            await ledger.transfer(replace(huge, transfer_id=f"huge-{n}"))
+        assert (await ledger.balance("acme")).balance_pico == 3 * 10**27 + 10**13
+
+
+class TestHolds:
+    async def test_is_granted_once_per_id(self, ledger):
+        await ledger.register_producer("gw0")
+        request = await held(ledger)
+        again = await ledger.open_hold(request)
+        assert again.status is HoldStatus.EXISTS
+        assert (await ledger.balance("acme")).held_pico == 2 * CHARGE
+
+    async def test_is_refused_to_a_fenced_producer(self, ledger):
+        await ledger.register_producer("gw0")
+        await ledger.register_producer("gw0")
+        with pytest.raises(Conflict):
+            await held(ledger, epoch=1)
+
+    async def test_many_at_once_never_exceed_the_balance(self, ledger):
+        await ledger.register_producer("gw0")
+        each = {"wanted_pico": 3 * 10**12, "minimum_pico": 3 * 10**12}
+        results = [await ledger.open_hold(hold_request(f"r{n}", **each)) for n in range(5)]
+        assert [result.hold is not None for result in results] == [True] * 3 + [False] * 2
+        assert (await ledger.balance("acme")).available_pico == 10**12
+
+
+class TestAppend:
+    async def test_ends_the_hold_and_moves_the_charge(self, ledger):
+        await ledger.register_producer("gw0")
+        request = await held(ledger)
+        assert await ledger.append_records("gw0", 1, 0, [record(request, 0)]) == 1
+        accounts = await balances(ledger)
+        tenant = accounts[tenant_account("acme")]
+        assert (tenant.balance_pico, tenant.held_pico) == (10 * 10**12 - CHARGE, 0)
+        assert accounts[provider_account("local")].balance_pico == CHARGE
+        assert await ledger.open_holds() == []
+
+    async def test_same_batch_again_is_acknowledged_and_changes_nothing(self, ledger):
+        await ledger.register_producer("gw0")
+        batch = [record(await held(ledger), 0)]
+        for _ in range(3):
+            assert await ledger.append_records("gw0", 1, 0, batch) == 1
+        assert (await ledger.balance("acme")).balance_pico == 10 * 10**12 - CHARGE
+
+    async def test_overlap_books_only_what_is_new(self, ledger):
+        await ledger.register_producer("gw0")
+        first = record(await held(ledger, "a"), 0)
+        second = record(await held(ledger, "b"), 1)
+        await ledger.append_records("gw0", 1, 0, [first])
+        assert await ledger.append_records("gw0", 1, 0, [first, second]) == 2
+        assert (await ledger.balance("acme")).balance_pico == 10 * 10**12 - 2 * CHARGE
+
+    async def test_gap_is_refused(self, ledger):
+        await ledger.register_producer("gw0")
+        with pytest.raises(Conflict) as caught:
+            await ledger.append_records("gw0", 1, 1, [record(await held(ledger), 1)])
+        assert caught.value.code == "sequence_gap"
+
+    async def test_old_epoch_is_fenced(self, ledger):
+        await ledger.register_producer("gw0")
+        late = record(await held(ledger), 0)
+        await ledger.register_producer("gw0")
+        with pytest.raises(Conflict) as caught:
+            await ledger.append_records("gw0", 1, 0, [late])
+        assert caught.value.code == "producer_fenced"
+        assert (await ledger.balance("acme")).balance_pico == 10 * 10**12
+
+    @pytest.mark.parametrize("change", [{"charge_pico": CHARGE - 1}, {"price_id": "price-0"}])
+    async def test_charge_must_follow_from_a_known_price(self, ledger, change):
+        await ledger.register_producer("gw0")
+        wrong = replace(record(await held(ledger), 0), **change)
+        with pytest.raises(InvalidRequest):
+            await ledger.append_records("gw0", 1, 0, [wrong])
+        assert (await ledger.balance("acme")).balance_pico == 10 * 10**12
+
+    async def test_hold_pays_only_once(self, ledger):
+        await ledger.register_producer("gw0")
+        request = await held(ledger)
+        await ledger.append_records("gw0", 1, 0, [record(request, 0)])
+        with pytest.raises(MarketError):
+            await ledger.append_records("gw0", 1, 1, [record(request, 1)])
+        assert (await ledger.balance("acme")).balance_pico == 10 * 10**12 - CHARGE
+
+    async def test_faults_are_recorded_and_free(self, ledger):
+        await ledger.register_producer("gw0")
+        free = record(await held(ledger), 0, FinishReason.PROVIDER_ERROR)
+        await ledger.append_records("gw0", 1, 0, [free])
+        account = await ledger.balance("acme")
+        assert (account.balance_pico, account.held_pico) == (10 * 10**12, 0)
+
+
+class TestFencing:
+    async def test_open_holds_of_the_old_epoch_return(self, ledger):
+        assert await ledger.register_producer("gw0") == 1
+        await held(ledger, "a")
+        await held(ledger, "b")
+        assert await ledger.register_producer("gw0") == 2
+        account = await ledger.balance("acme")
+        assert (account.balance_pico, account.held_pico) == (10 * 10**12, 0)
+
+    async def test_holds_of_other_producers_stay(self, ledger):
+        await ledger.register_producer("gw0")
+        await ledger.register_producer("gw1")
+        await held(ledger)
+        await ledger.register_producer("gw1")
+        (open_hold,) = await ledger.open_holds()
+        assert open_hold.state is HoldState.PENDING
