@@ -129,7 +129,7 @@ def train(model: Any, tokenizer: Any, topics: dict[str, list[str]], steps: int, 
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss))
+        losses.append(loss.item())
         if step % 20 == 0 or step == steps - 1:
             spent = time.monotonic() - began
             print(f"\r  step {step + 1}/{steps}  loss {losses[-1]:.2f}  {spent:.0f} s", end="")

@@ -22,6 +22,7 @@ from market.errors import MarketFault
 NAMESPACE = "market"
 ROLE_LABEL = "market.io/role"
 NODE_LABEL = "market.io/node"
+PROXY_MIDDLEWARES = "serve_apps.proxy.middlewares"
 OPERATOR_NODES = {ROLE_LABEL: "operator"}
 
 START_TIMEOUT_S = 60
@@ -114,6 +115,7 @@ def ray_environment(environ: Mapping[str, str], state_dir: Path) -> dict[str, st
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_path),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": PROXY_MIDDLEWARES,
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
