@@ -22,7 +22,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Dialect, make_url
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
@@ -34,6 +34,7 @@ Command = Callable[[Connection], Any]
 def connect(url: str, metadata: MetaData) -> Engine:
     """An engine with exactly one connection and the tables in place.
 
+    Raises MarketFault if the database cannot be opened, e.g. because another process has it.
     SQLite runs in WAL mode with full sync and an exclusive lock: versions before 3.51.3 corrupt
     the file when two connections checkpoint at once, and money must survive a power cut.
     """
@@ -42,13 +43,17 @@ def connect(url: str, metadata: MetaData) -> Engine:
         if parsed.database:
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
         engine = create_engine(
-            parsed, poolclass=StaticPool, connect_args={"check_same_thread": False, "timeout": 30}
+            parsed, poolclass=StaticPool, connect_args={"check_same_thread": False, "timeout": 10}
         )
         event.listen(engine, "connect", _configure_sqlite)
         event.listen(engine, "begin", _begin_immediate)
     else:
         engine = create_engine(parsed, pool_size=1, max_overflow=0)
-    metadata.create_all(engine)
+    try:
+        metadata.create_all(engine)
+    except OperationalError as error:
+        engine.dispose()
+        raise MarketFault(f"cannot open {parsed.render_as_string()}: {error.orig}") from None
     return engine
 
 

@@ -34,13 +34,23 @@ class ServiceHost:
 
     async def call(self, method: str, arguments: Any, keywords: Any) -> tuple[bool, Any]:
         """(True, result), or (False, error) for errors that callers are meant to see."""
-        if self._opening is None:
-            self._opening = asyncio.create_task(self._service.open())
         try:
-            await asyncio.shield(self._opening)
+            await self._opened()
             return True, await getattr(self._service, method)(*arguments, **keywords)
         except MarketError as error:
             return False, error
+
+    async def _opened(self) -> None:
+        """Open the service once; a failed try is reported and the next call tries again."""
+        if self._opening is None:
+            self._opening = asyncio.create_task(self._service.open())
+        opening = self._opening
+        try:
+            await asyncio.shield(opening)
+        except BaseException:
+            if opening.done() and self._opening is opening:
+                self._opening = None
+            raise
 
 
 def start_service(name: str, factory: str, *arguments: Any) -> None:

@@ -59,17 +59,24 @@ class Ledger:
         self._closed = False
 
     async def open(self) -> None:
-        """Lock, connect, repair, and start the writer and the publisher."""
-        self._resources.enter_context(
-            storage.exclusive_lock(self._config.state_dir / "ledger.lock")
-        )
-        loop = asyncio.get_running_loop()
-        self._engine = await loop.run_in_executor(
-            self._writer, storage.connect, self._config.ledger_url, tables.metadata
-        )
-        await self._run_group([self._publisher.repair, self._store.load])
+        """Lock, connect, repair, and start the writer and the publisher.
+
+        Raises MarketFault if another process has the lock or the database; may be tried again.
+        """
+        try:
+            self._resources.enter_context(
+                storage.exclusive_lock(self._config.state_dir / "ledger.lock")
+            )
+            self._engine = await asyncio.get_running_loop().run_in_executor(
+                self._writer, storage.connect, self._config.ledger_url, tables.metadata
+            )
+            await self._run_group([self._publisher.repair, self._store.load])
+        except BaseException:
+            self._resources.close()
+            raise
         for dataset in Dataset:
             self._publisher.genesis(dataset, self._clock.now().date())
+        loop = asyncio.get_running_loop()
         self._tasks = [
             loop.create_task(self._write_forever()),
             loop.create_task(self._publish_forever()),

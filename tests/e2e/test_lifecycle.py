@@ -1,5 +1,6 @@
 """What a new user does by hand, through a full stop and a second start."""
 
+import contextlib
 import json
 import sqlite3
 import subprocess
@@ -23,7 +24,7 @@ def market(tmp_path_factory, tiny_model):
 
 def sql_balance(home, tenant):
     """From the database itself, which only opens while no ledger runs."""
-    with sqlite3.connect(home / "state" / "ledger.db") as database:
+    with contextlib.closing(sqlite3.connect(home / "state" / "ledger.db")) as database:
         query = "select credits_pico, debits_pico, held_pico from accounts where account_id = ?"
         row = database.execute(query, (f"tenant:{tenant}",)).fetchone()
         credits, debits, held = map(int, row)

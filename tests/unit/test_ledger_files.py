@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sqlite3
 from datetime import timedelta
 from decimal import Decimal
 
@@ -186,6 +187,20 @@ class TestRestart:
         async with box.open():
             with pytest.raises(MarketFault, match="another process"):
                 await Ledger(box.config, box.clock).open()
+
+
+    async def test_database_that_another_process_has_open_is_named_and_opens_later(self, box):
+        async with box.open() as ledger:
+            await box.prepare(ledger)
+        stranger = sqlite3.connect(box.config.state_dir / "ledger.db")
+        stranger.execute("BEGIN IMMEDIATE")
+        ledger = Ledger(box.config, box.clock)
+        with pytest.raises(MarketFault, match="database is locked"):
+            await ledger.open()
+        stranger.close()
+        await ledger.open()
+        assert await ledger.tenants() == ["acme"]
+        await ledger.close()
 
 
 class TestCrashWhilePublishing:
