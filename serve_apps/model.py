@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 
 from ray import serve
@@ -11,6 +12,7 @@ from market.cluster.models import fetch
 from market.cluster.node import NODE_LABEL
 from market.types import Deployment, EngineChunk, EngineRequest, Offer
 from serve_apps.engines.base import EngineSettings, start_engine
+from serve_apps.engines.coalesce import coalesce, pause
 
 REPLICA_CPUS = 0.5
 ONGOING_MAX = 256
@@ -30,11 +32,18 @@ class ModelReplica:
         folder = await asyncio.to_thread(fetch, entry, models_dir, weights=True)
         settings = EngineSettings(folder, entry.served_context_tokens, gpu_milli / 1000)
         self._engine = await start_engine(engine, settings)
+        self._streams = 0
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
-        """Stream an answer."""
-        async for chunk in self._engine.generate(request):
-            yield chunk
+        """Stream an answer, in larger pieces the more answers are under way."""
+        self._streams += 1
+        try:
+            chunks = coalesce(self._engine.generate(request), lambda: pause(self._streams))
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    yield chunk
+        finally:
+            self._streams -= 1
 
     async def check_health(self) -> None:
         """Raises EngineFailed if the engine cannot serve; Serve then replaces this replica."""
