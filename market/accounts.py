@@ -104,11 +104,12 @@ class TransferStatus(StrEnum):
 
 
 class HoldState(StrEnum):
-    """Life of a hold: pending, then one of two ends."""
+    """Life of a hold: pending, then one of three ends."""
 
     PENDING = "pending"
     POSTED = "posted"
     VOIDED = "voided"
+    EXPIRED = "expired"
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +239,10 @@ class Books:
     def void_hold(self, hold_id: str) -> Hold:
         """End a hold unused. Raises HoldError if it is unknown or ended."""
         return self._end_hold(replace(self._pending(hold_id), state=HoldState.VOIDED))
+
+    def expire_hold(self, hold_id: str) -> Hold:
+        """End a hold whose owner is gone. Raises HoldError if it is unknown or ended."""
+        return self._end_hold(replace(self._pending(hold_id), state=HoldState.EXPIRED))
 
     def _pending(self, hold_id: str) -> Hold:
         hold = self.holds.get(hold_id)

@@ -2,7 +2,8 @@
 
 MarketError
 ├── InvalidRequest          400  the caller must change the request
-│   └── ContextTooLong      400  prompt and answer do not fit the model
+│   ├── ContextTooLong      400  prompt and answer do not fit the model
+│   └── RequestTooLarge     413  the body is larger than the server reads
 ├── InvalidKey              401  missing, wrong, expired or revoked API key
 ├── InsufficientBalance     402  the balance cannot cover even a short answer
 ├── PermissionDenied        403  the key's role or scope does not allow it
@@ -76,6 +77,13 @@ class ContextTooLong(InvalidRequest):
     """Prompt plus answer exceed the model's context."""
 
     code = "context_length_exceeded"
+
+
+class RequestTooLarge(InvalidRequest):
+    """The body exceeds what is read, whoever sends it."""
+
+    http_status = 413
+    code = "request_too_large"
 
 
 class InvalidKey(MarketError):

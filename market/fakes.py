@@ -217,7 +217,12 @@ class MemoryLedger:
 
     def _book(self, record: UsageRecord) -> None:
         assert record.request_id is not None
-        self._books.post_hold(record.request_id, record.charge_pico)
+        if record.usage_quality is UsageQuality.RECOVERED:
+            self._books.expire_hold(record.request_id)
+        elif record.charge_pico == 0:
+            self._books.void_hold(record.request_id)
+        else:
+            self._books.post_hold(record.request_id, record.charge_pico)
         self.records.append(record)
         if record.charge_pico:
             lsn = len(self.records)

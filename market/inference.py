@@ -37,6 +37,7 @@ from market.types import (
 )
 
 DISPATCHES_MAX = 2
+CLAIM_MAX = 2**62
 
 Result = TypeVar("Result")
 
@@ -74,7 +75,6 @@ class Meter:
         self.claimed_output_tokens: int | None = None
         self.dispatched_s: float | None = None
         self.first_token_s: float | None = None
-        self.finish_reason: FinishReason | None = None
 
     @property
     def counts(self) -> TokenCounts:
@@ -86,9 +86,8 @@ class Meter:
         if chunk.token_ids and self.first_token_s is None:
             self.first_token_s = now_s
         self._output_tokens += len(chunk.token_ids)
-        self._cached_input_tokens = min(chunk.counts.cached_input_tokens, self._input_tokens)
-        self.claimed_output_tokens = chunk.counts.output_tokens
-        self.finish_reason = chunk.finish_reason
+        self._cached_input_tokens = _within(chunk.counts.cached_input_tokens, self._input_tokens)
+        self.claimed_output_tokens = _within(chunk.counts.output_tokens, CLAIM_MAX)
 
     def elapsed_ms(self, until_s: float | None) -> int | None:
         """Milliseconds from the request's arrival; None if it never came so far."""
@@ -160,7 +159,9 @@ class Inference:
             card=card,
             hold=hold,
             prompt_token_ids=prompt_token_ids,
-            sampling=replace(sampling, max_tokens=limit),
+            sampling=replace(
+                sampling, max_tokens=limit, min_tokens=min(sampling.min_tokens, limit)
+            ),
             limited_by_budget=limited_by_budget,
             started_at=started_at,
             arrived_s=arrived_s,
@@ -204,12 +205,18 @@ class Inference:
         asking = self._spawn(self._holds.open_hold(request))
         try:
             return await asyncio.shield(asking)
-        except (asyncio.CancelledError, MarketError):
-            self._spawn(self._end_unused(request))
+        except asyncio.CancelledError:
+            self._spawn(self._end_unused(request, asking, FinishReason.CLIENT_DISCONNECT))
+            raise
+        except MarketError:
+            self._spawn(self._end_unused(request, asking, FinishReason.MARKET_FAULT))
             raise
 
-    async def _end_unused(self, request: HoldRequest) -> None:
+    async def _end_unused(
+        self, request: HoldRequest, asking: asyncio.Task[HoldResult], why: FinishReason
+    ) -> None:
         """Find out whether the hold was granted after all, and end it with an empty record."""
+        await asyncio.wait({asking})
         while True:
             try:
                 result = await self._holds.open_hold(request)
@@ -223,7 +230,7 @@ class Inference:
                     counts=TokenCounts(0, 0, 0),
                     finished_at=self._clock.now(),
                     charge_pico=0,
-                    finish_reason=FinishReason.CLIENT_DISCONNECT,
+                    finish_reason=why,
                 )
             )
 
@@ -246,9 +253,9 @@ class Inference:
                 async with aclosing(engine.generate(tried)) as chunks:
                     async for chunk in chunks:
                         yield chunk
-                if meter.finish_reason is None:
-                    raise EngineFailed("the replica ended its stream without finishing")
-                return
+                        if chunk.finish_reason is not None:
+                            return  # complete: what happens to the replica now is not our matter
+                raise EngineFailed("the replica ended its stream without finishing")
             except EngineFailed:
                 if meter.first_token_s is not None or attempt == DISPATCHES_MAX:
                     raise
@@ -265,6 +272,11 @@ class Inference:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
+
+
+def _within(claimed: int, most: int) -> int:
+    """A replica's word, made fit for the books."""
+    return max(0, min(claimed, most))
 
 
 def output_limit(route: Route, input_tokens: int, max_tokens: int | None) -> int:

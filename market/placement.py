@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from market.catalog import Model
+from market.catalog import Model, find
 from market.types import Deployment, Offer
 
 MIB_PER_GIB = 1024
@@ -29,22 +29,25 @@ def place(
     offers: Sequence[Offer],
     deployed: Iterable[Deployment],
     fitting: Sequence[Model],
+    replicas: int = 1,
 ) -> Placement | Misfit:
-    """The first offer with room, GPUs before CPUs; deterministic, ties end on offer ids.
+    """The first offer with room for all replicas, GPUs before CPUs; ties end on offer ids.
 
     ``fitting`` are models to propose in the reason if this one does not fit.
     """
     held = list(deployed)
     ordered = sorted(offers, key=lambda offer: (not offer.gpus, offer.offer_id))
     for offer in ordered:
-        share = _gpu_share(model, offer, held)
+        share = _gpu_share(model, offer, held, replicas)
         if share is not None:
             return Placement(offer, share)
-        if not offer.gpus and model.runs_on_cpu and model.memory_mib <= offer.memory_mib:
+        needed = replicas * model.memory_mib
+        if not offer.gpus and model.runs_on_cpu and needed <= free_memory_mib(offer, held):
             return Placement(offer, 0)
     names = [other.name for other in fitting if other.name != model.name]
     hint = f"; what would fit: {', '.join(names)}" if names else ""
-    return Misfit(f"{model.name} needs {_need(model)}; {_have(offers, held)}{hint}")
+    times = f"{replicas} times " if replicas > 1 else ""
+    return Misfit(f"{model.name} needs {times}{_need(model)}; {_have(offers, held)}{hint}")
 
 
 def that_fit(
@@ -55,16 +58,24 @@ def that_fit(
     return [m for m in models if isinstance(place(m, offers, held, ()), Placement)]
 
 
-def _gpu_share(model: Model, offer: Offer, deployed: Iterable[Deployment]) -> int | None:
-    """Thousandths of one GPU of the offer, None if no GPU has so much left."""
+def _gpu_share(
+    model: Model, offer: Offer, deployed: Iterable[Deployment], replicas: int
+) -> int | None:
+    """Thousandths of one GPU per replica, None if the offer has not room for all of them."""
     if not offer.gpus:
         return None
-    free = free_milli(offer, deployed)
-    for gpu in offer.gpus:
-        share = -(-model.memory_mib * 1000 // gpu.memory_mib)
-        if share <= free[gpu.index]:
-            return share
-    return None
+    smallest = min(gpu.memory_mib for gpu in offer.gpus)
+    share = -(-model.memory_mib * 1000 // smallest)
+    if share > 1000:
+        return None
+    room = sum(free // share for free in free_milli(offer, deployed).values())
+    return share if room >= replicas else None
+
+
+def free_memory_mib(offer: Offer, deployed: Iterable[Deployment]) -> int:
+    """Memory of a node without GPUs less what the models on it need."""
+    held = [d.replicas * find(d.model).memory_mib for d in deployed if d.offer_id == offer.offer_id]
+    return offer.memory_mib - sum(held)
 
 
 def free_milli(offer: Offer, deployed: Iterable[Deployment]) -> dict[int, int]:
@@ -94,8 +105,8 @@ def _have(offers: Sequence[Offer], deployed: Sequence[Deployment]) -> str:
     ]
     if free:
         return f"the freest of this cluster's {len(free)} has {max(free) // MIB_PER_GIB} GiB"
-    memory = max((offer.memory_mib for offer in offers), default=0)
-    return f"this cluster has none (its largest node has {memory // MIB_PER_GIB} GiB of memory)"
+    memory = max((free_memory_mib(offer, deployed) for offer in offers), default=0)
+    return f"this cluster has none (its freest node has {memory // MIB_PER_GIB} GiB of memory left)"
 
 
 def _gib(mib: int) -> int:

@@ -6,7 +6,7 @@ number of pico units and every token charge is exact.
 
 import hashlib
 from datetime import UTC, datetime
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal, InvalidOperation, localcontext
 
 from market.errors import InvalidRequest
 from market.types import FinishReason, Lane, RateCard, TokenCounts
@@ -32,8 +32,10 @@ def parse_money(text: str | int | Decimal, what: str = "amount") -> int:
         raise InvalidRequest(f"{what}: {text!r} is not a number, e.g. 10 or 2.50") from None
     if not amount.is_finite() or abs(amount) > 10**15:
         raise InvalidRequest(f"{what}: {text} is out of range (at most 10^15)")
-    scaled = amount.scaleb(12)
-    if scaled != scaled.to_integral_value():
+    with localcontext(prec=len(amount.as_tuple().digits) + 30):
+        scaled = amount.scaleb(12)
+        exact = scaled == scaled.to_integral_value()
+    if not exact:
         raise InvalidRequest(f"{what}: {text} has more than 12 decimals")
     return int(scaled)
 

@@ -319,3 +319,12 @@ class Deployment:
     def app_name(self) -> str:
         """Name of the Ray Serve application that runs it."""
         return f"model-{self.deployment_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class AppStatus:
+    """What Serve says of an application: ``running`` if at least one replica serves."""
+
+    running: bool
+    failed: bool
+    message: str

@@ -249,7 +249,8 @@ def report(results: dict[int, dict[str, Result]]) -> list[dict[str, object]]:
         figures = {name: result.summary() for name, result in by_server.items()}
         for name, f in figures.items():
             print(
-                f"{concurrency:>7} {name:<11} {f['requests_per_s']:>8.2f} {f['tokens_per_s']:>8.0f} "
+                f"{concurrency:>7} {name:<11} "
+                f"{f['requests_per_s']:>8.2f} {f['tokens_per_s']:>8.0f} "
                 f"{f['ttft_p50_ms']:>9.1f} {f['ttft_p99_ms']:>8.1f} {f['latency_p50_ms']:>9.1f} "
                 f"{f['latency_p99_ms']:>8.1f} {f['failed']:>6.0f}"
             )
@@ -287,9 +288,7 @@ def main() -> None:
         direct.signal(signal.SIGSTOP)
         print("starting the market", flush=True)
         ours = stack.enter_context(market(model, folder / "home"))
-        results = measure(
-            [direct, ours], concurrencies, arguments.rounds, arguments.max_tokens
-        )
+        results = measure([direct, ours], concurrencies, arguments.rounds, arguments.max_tokens)
         rows = report(results)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")

@@ -1,15 +1,13 @@
 """API keys: who is asking. Only hashes leave this process; keys are never logged."""
 
-import hashlib
-import secrets
 import time
 from collections import OrderedDict
 from typing import Protocol
 
 from market.errors import InvalidKey, PermissionDenied
+from market.keys import hash_key
 from market.types import Principal, Role
 
-KEY_PREFIX = "sk-market-"
 CACHE_S = 2.0
 CACHE_MAX = 10_000
 
@@ -20,21 +18,6 @@ class Keys(Protocol):
     async def find_key(self, key_hash: str) -> Principal | None:
         """Whom the key speaks for."""
         ...
-
-
-def new_key() -> str:
-    """A fresh secret of 256 random bits."""
-    return KEY_PREFIX + secrets.token_urlsafe(32)
-
-
-def hash_key(key: str) -> str:
-    """What is stored of a key. It has 256 bits of entropy, so a plain hash cannot be guessed."""
-    return hashlib.sha256(key.encode()).hexdigest()
-
-
-def key_id(key: str) -> str:
-    """Public name of a key."""
-    return f"key-{hash_key(key)[:12]}"
 
 
 class Authenticator:

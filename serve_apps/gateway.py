@@ -17,6 +17,9 @@ from serve_apps.live import LiveRoutes
 
 ONGOING_MAX = 10_000
 DRAIN_S = 60
+# The slot of this market's one gateway replica: whichever process serves next takes it over,
+# fences its predecessor and ends what that left open. (Serve's ranks move between replicas.)
+PRODUCER = "gw0"
 
 
 @serve.ingress()
@@ -26,8 +29,7 @@ class Gateway:
     async def __init__(self, config: Config) -> None:  # type: ignore[misc]  # Serve awaits it
         ledger, scheduler = bootstrap.ledger_client(), bootstrap.scheduler_client()
         clock = SystemClock()
-        rank = serve.get_replica_context().rank.rank
-        self._producer = Producer(ledger, f"gw{rank}")
+        self._producer = Producer(ledger, PRODUCER)
         await self._producer.start()
         routes = LiveRoutes(config, scheduler, ledger, serve.get_app_handle)
         self._inference = Inference(clock, ledger, self._producer, routes)
@@ -39,6 +41,10 @@ class Gateway:
     def __serve_build_asgi_app__(self) -> Any:
         """Serve calls this after the constructor."""
         return create_app(self._services)
+
+    def check_health(self) -> None:
+        """Raises MarketFault if usage can no longer be recorded; Serve then replaces us."""
+        self._producer.check()
 
     async def __del__(self) -> None:
         """Every finished request is recorded before the replica ends."""

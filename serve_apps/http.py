@@ -11,11 +11,11 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from market import __version__
 from market.config import Config
-from market.errors import InvalidRequest, MarketError, MarketFault, NotFound
+from market.errors import InvalidRequest, MarketError, MarketFault, NotFound, RequestTooLarge
 from market.inference import Inference
 from market.ledger.service import Ledger
 from market.ports import Clock
@@ -27,6 +27,7 @@ from serve_apps.live import LiveRoutes
 logger = logging.getLogger(__name__)
 
 BODY_MAX_BYTES = 8 * 1024 * 1024
+TOO_LARGE = f"the body is larger than {BODY_MAX_BYTES} bytes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ def create_app(services: Services) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _bug)
+    app.add_middleware(BodyLimit)
     app.include_router(openai_api.router)
     app.include_router(market_api.router)
 
@@ -85,14 +87,32 @@ def create_app(services: Services) -> FastAPI:
     return app
 
 
-async def read_body(request: Request) -> bytes:
-    """The request's body. Raises InvalidRequest if it is larger than 8 MiB."""
-    parts = bytearray()
-    async for part in request.stream():
-        parts += part
-        if len(parts) > BODY_MAX_BYTES:
-            raise InvalidRequest(f"the body is larger than {BODY_MAX_BYTES} bytes")
-    return bytes(parts)
+class BodyLimit:
+    """Ends requests whose body is larger than 8 MiB, before anything is made of it.
+
+    It stands in front of authentication, because FastAPI reads bodies first.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on with its body counted."""
+        read = 0
+        declared = dict(scope.get("headers", ())).get(b"content-length", b"0")
+
+        async def limited() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > BODY_MAX_BYTES:
+                raise RequestTooLarge(TOO_LARGE)
+            return message
+
+        if declared.isdigit() and int(declared) > BODY_MAX_BYTES:
+            await error_response(RequestTooLarge(TOO_LARGE))(scope, receive, send)
+            return
+        await self._app(scope, limited, send)
 
 
 def error_response(error: MarketError) -> JSONResponse:

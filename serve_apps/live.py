@@ -87,17 +87,30 @@ class LiveRoutes:
         self._loading = asyncio.Lock()
 
     async def refresh(self) -> None:
-        """Fetch the table now; engines of applications that are gone are forgotten."""
-        self._table = await self._scheduler.routes()
-        apps = {route.app_name for route in self._table.ready}
-        self._engines = {app: engine for app, engine in self._engines.items() if app in apps}
+        """Fetch the table now; routes whose application Serve does not know are not ready."""
+        table = await self._scheduler.routes()
+        engines: dict[str, ReplicaEngine] = {}
+        for app in {route.app_name for route in table.ready}:
+            known = self._engines.get(app)
+            try:
+                engines[app] = known or ReplicaEngine(
+                    await asyncio.to_thread(self._handle_of, app)  # asks Serve's controller
+                )
+            except RayServeException:
+                logger.info("application %s is not there yet", app)
+        gone = [route for route in table.ready if route.app_name not in engines]
+        self._engines = engines
+        self._table = RouteTable(
+            ready=tuple(route for route in table.ready if route.app_name in engines),
+            starting=(*table.starting, *((route.model, "starting") for route in gone)),
+        )
 
     async def refresh_forever(self) -> None:
         """Keep the table fresh; the last known one serves on while the scheduler is away."""
         while True:
             try:
                 await self.refresh()
-            except MarketError as error:
+            except Exception as error:  # noqa: BLE001  # a stale table is better than none
                 logger.warning("route table not refreshed: %s", error)
             await asyncio.sleep(REFRESH_S)
 
@@ -141,11 +154,10 @@ class LiveRoutes:
         return card
 
     def engine(self, route: Route) -> Engine:
-        """The replicas behind a route."""
+        """The replicas behind a route. Raises EngineFailed if its application is gone."""
         engine = self._engines.get(route.app_name)
         if engine is None:
-            engine = ReplicaEngine(self._handle_of(route.app_name))
-            self._engines[route.app_name] = engine
+            raise EngineFailed(f"model {route.model} is no longer served")
         return engine
 
     async def prompter(self, route: Route) -> Prompter:

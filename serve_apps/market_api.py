@@ -9,8 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from market import accounts, catalog, pricing
 from market.accounts import Account, Transfer, TransferKind, tenant_account
 from market.errors import InvalidRequest
+from market.keys import hash_key, key_id, new_key
 from market.types import CURRENCY, Deployment, Offer, Principal, Role
-from serve_apps.auth import hash_key, key_id, new_key, require_operator, require_subject
+from serve_apps.auth import require_operator, require_subject
 from serve_apps.http import Caller, With
 
 router = APIRouter(prefix="/market/v1")
@@ -225,16 +226,11 @@ async def usage(
     groups = [part.strip() for part in by.split(",") if part.strip()]
     rows = await services.ledger.usage(groups, tenant)
     return [
-        {name: str(value) if name in ("charge", "day") else value for name, value in row.items()}
+        row
+        | {"charge": format(row["charge"], "f")}
+        | ({"day": str(row["day"])} if "day" in row else {})
         for row in rows
     ]
-
-
-@router.get("/ledger")
-async def ledger(services: With, caller: Caller) -> dict[str, Any]:
-    """Where the Parquet ledger is on the operator's machine, and its counters."""
-    require_operator(caller)
-    return await services.ledger.status()
 
 
 def _tenant(tenant_id: str, account: Account) -> dict[str, str]:

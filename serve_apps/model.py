@@ -16,6 +16,7 @@ from serve_apps.engines.coalesce import coalesce, pause
 
 REPLICA_CPUS = 0.5
 ONGOING_MAX = 256
+QUEUED_MAX = 512
 CONSTRUCTOR_TRIES = 3
 HEALTH_PERIOD_S = 2
 HEALTH_TIMEOUT_S = 30
@@ -64,6 +65,7 @@ def build_app(
         name="replica",
         num_replicas=deployment.replicas,
         max_ongoing_requests=ONGOING_MAX,
+        max_queued_requests=QUEUED_MAX,
         max_constructor_retry_count=CONSTRUCTOR_TRIES,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,

@@ -10,10 +10,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from market import pricing
-from market.errors import MarketError, MarketFault, NotFound
+from market.errors import MarketError, MarketFault
 from market.inference import Admission
 from market.types import EngineChunk, FinishReason, Principal, Route, Sampling, UsageRecord
-from serve_apps.http import Caller, EventStream, Services, With, read_body
+from serve_apps.http import Caller, EventStream, Services, With
 from serve_apps.wire import (
     COMPLETION_MAX_TOKENS,
     ChatBody,
@@ -49,7 +49,7 @@ async def get_model(model: str, services: With, _caller: Caller) -> dict[str, An
 @router.post("/chat/completions")
 async def chat_completions(request: Request, services: With, caller: Caller) -> Response:
     """Answer a conversation."""
-    body = parse(ChatBody, await read_body(request))
+    body = parse(ChatBody, await request.body())
     route = await services.routes.route(body.model)
     prompter = await services.routes.prompter(route)
     prompt = await prompter.chat(body)
@@ -61,7 +61,7 @@ async def chat_completions(request: Request, services: With, caller: Caller) -> 
 @router.post("/completions")
 async def completions(request: Request, services: With, caller: Caller) -> Response:
     """Continue a text."""
-    body = parse(CompletionBody, await read_body(request))
+    body = parse(CompletionBody, await request.body())
     route = await services.routes.route(body.model)
     prompter = await services.routes.prompter(route)
     prompt = await prompter.completion(body)
@@ -153,8 +153,6 @@ def _envelope(kind: str, shape: Format, admission: Admission, created: int) -> d
 
 
 def _model_object(route: Route) -> dict[str, Any]:
-    if not route.model:
-        raise NotFound("no such model", code="model_not_found")
     return {
         "id": route.model,
         "object": "model",

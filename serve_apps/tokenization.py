@@ -32,21 +32,13 @@ class Prompter:
         return tuple(ids)
 
     async def completion(self, body: CompletionBody) -> tuple[int, ...]:
-        """The prompt as text or token ids. Raises InvalidRequest for none or several."""
+        """The prompt as text or token ids. Raises InvalidRequest for an empty or unknown one."""
         prompt = body.prompt
-        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-            if len(prompt) > 1:
-                raise InvalidRequest(
-                    "several prompts in one request are not supported by this server yet",
-                    code="unsupported_parameter",
-                    param="prompt",
-                )
-            prompt = prompt[0]
         if isinstance(prompt, str):
-            ids: Sequence[Any] = await _compute(len(prompt), self._tokenizer.encode, prompt)
+            ids: Sequence[int] = await _compute(len(prompt), self._tokenizer.encode, prompt)
         else:
             ids = prompt
-        if not ids or not all(isinstance(i, int) and 0 <= i < self.vocabulary for i in ids):
+        if not ids or not all(0 <= token_id < self.vocabulary for token_id in ids):
             raise InvalidRequest(
                 f"prompt must hold at least one token, ids from 0 to {self.vocabulary - 1}",
                 param="prompt",

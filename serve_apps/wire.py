@@ -3,7 +3,14 @@
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from market import pricing
 from market.errors import InvalidRequest
@@ -11,6 +18,9 @@ from market.types import FinishReason, Sampling, UsageRecord
 
 COMPLETION_MAX_TOKENS = 16
 STOP_MAX = 16
+LOGIT_BIAS_MAX = 300
+MESSAGES_MAX = 4096
+PARTS_MAX = 256
 
 Body = TypeVar("Body", bound="GenerationBody")
 
@@ -27,7 +37,7 @@ class GenerationBody(BaseModel):
     model_config = ConfigDict(extra="allow", strict=False)
 
     model: str
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -38,12 +48,23 @@ class GenerationBody(BaseModel):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=STOP_MAX)] | None = None
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True, max_length=STOP_MAX)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[int, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=LOGIT_BIAS_MAX)
+        ]
+        | None
+    ) = None
     ignore_eos: bool = False
     min_tokens: Annotated[int, Field(ge=0)] = 0
     n: int | None = None
     logprobs: bool | int | None = None
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> "GenerationBody":
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError("min_tokens must not exceed max_tokens")
+        return self
 
     @property
     def include_usage(self) -> bool:
@@ -90,8 +111,9 @@ class ContentPart(BaseModel):
 class Message(BaseModel):
     """A chat message."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[ContentPart], Field(fail_fast=True, max_length=PARTS_MAX)] | None
+    tool_calls: None = None
 
     def for_template(self) -> dict[str, str]:
         """As chat templates take it."""
@@ -103,14 +125,29 @@ class Message(BaseModel):
 class ChatBody(GenerationBody):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MESSAGES_MAX)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
 
 class CompletionBody(GenerationBody):
     """``POST /v1/completions``."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | list[int]
+
+    @field_validator("prompt", mode="plain")
+    @classmethod
+    def _one_prompt(cls, prompt: object) -> object:
+        """A text or its token ids, bare or as the only one of a list.
+
+        Checked by hand: trying every branch of a union on a long list costs seconds.
+        """
+        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+            prompt = prompt[0]
+        if isinstance(prompt, str) or (
+            isinstance(prompt, list) and all(type(token_id) is int for token_id in prompt)
+        ):
+            return prompt
+        raise ValueError("must be one text or one list of token ids (several are not supported)")
 
 
 _NOT_SERVED: dict[str, tuple[Any, ...]] = {
@@ -123,6 +160,14 @@ _NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "tools": (None, []),
     "functions": (None, []),
     "response_format": (None, {"type": "text"}),
+    "tool_choice": (None, "none", "auto"),
+    "function_call": (None, "none", "auto"),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "prediction": (None,),
+    "prompt_logprobs": (None,),
+    "stop_token_ids": (None, []),
+    "chat_template_kwargs": (None, {}),
 }
 
 
@@ -151,6 +196,8 @@ def parse(kind: type[Body], raw: bytes) -> Body:
 def _object(raw: bytes) -> dict[str, Any]:
     try:
         body = json.loads(raw)
+        if b"\\ud" in raw.lower():  # escapes may hide half a character, which is no text
+            json.dumps(body, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"the body is not valid JSON: {error}") from None
     if not isinstance(body, dict):

@@ -17,7 +17,7 @@ def up(output: OutputOption = Output.TABLE) -> None:
     from market.cli.api import write_secret
     from market.cluster.node import enter_environment
     from market.config import Config
-    from serve_apps.auth import hash_key, key_id, new_key
+    from market.keys import hash_key, key_id, new_key
 
     config = Config.from_env()
     enter_environment(config.state_dir)

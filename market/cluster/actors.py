@@ -8,7 +8,7 @@ import time
 from typing import Any, TypeVar, cast
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from market.cluster.node import NAMESPACE, OPERATOR_NODES
 from market.errors import MarketError, MarketFault, Overloaded
@@ -77,6 +77,10 @@ def stop_service(name: str) -> None:
     ray.kill(actor, no_restart=True)
 
 
+class _Absent(Exception):
+    """No actor has the name (yet)."""
+
+
 class _Proxy:
     def __init__(self, service: type, actor_name: str) -> None:
         self._service = service
@@ -100,17 +104,28 @@ class _Proxy:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
 
+    async def _find(self) -> Any:
+        if self._actor is None:
+            try:
+                self._actor = await asyncio.to_thread(ray.get_actor, self._actor_name, NAMESPACE)
+            except ValueError as error:
+                raise _Absent from error
+        return self._actor
+
     async def _call(self, method: str, arguments: Any, keywords: Any) -> Any:
         """Call until an answer comes: every command may safely be done twice."""
         deadline = time.monotonic() + RETRY_S
         while True:
             try:
-                if self._actor is None:
-                    self._actor = await asyncio.to_thread(
-                        ray.get_actor, self._actor_name, NAMESPACE
-                    )
-                good, value = await self._actor.call.remote(method, arguments, keywords)
-            except (RayActorError, ValueError) as error:
+                actor = await self._find()
+                good, value = await actor.call.remote(method, arguments, keywords)
+            except RayTaskError as error:
+                # The command itself failed and was undone; its cause may look like anything.
+                logger.error("%s failed in %s", self._actor_name, method, exc_info=error)
+                raise MarketFault(f"the {self._actor_name} failed in {method}") from error
+            except (RayError, _Absent) as error:
+                # Killed, restarting, out of memory, its node gone: whether the command was done
+                # is unknown, so it is sent again.
                 self._actor = None
                 if time.monotonic() > deadline:
                     raise Overloaded(
@@ -118,9 +133,6 @@ class _Proxy:
                     ) from error
                 await asyncio.sleep(PAUSE_S)
                 continue
-            except RayTaskError as error:
-                logger.error("%s failed in %s", self._actor_name, method, exc_info=error)
-                raise MarketFault(f"the {self._actor_name} failed in {method}") from error
             if good:
                 return value
             raise value

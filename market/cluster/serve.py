@@ -5,14 +5,13 @@ import importlib.util
 from collections.abc import Callable
 
 from ray import serve
-from ray.serve.schema import ApplicationStatus
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ReplicaState
 
 from market.catalog import Model, find
 from market.cluster.models import model_path
 from market.config import Config
 from market.errors import InvalidRequest
-from market.scheduler.reconcile import Observed
-from market.types import Deployment, Offer
+from market.types import AppStatus, Deployment, Offer
 
 MODEL_APP = "serve_apps.model:build_app"
 ENGINE_PACKAGES = {"transformers": "transformers", "vllm": "vllm"}
@@ -37,13 +36,13 @@ class ServeCluster:
             )
         model_path(model, self._config.models_dir)
 
-    def observe(self) -> dict[str, Observed]:
+    def observe(self) -> dict[str, AppStatus]:
         """Applications by name."""
         return {
-            name: Observed(
-                running=app.status is ApplicationStatus.RUNNING,
+            name: AppStatus(
+                running=_has_replicas(app),
                 failed=app.status is ApplicationStatus.DEPLOY_FAILED,
-                message=app.message,
+                message=_reason(app),
             )
             for name, app in serve.status().applications.items()
         }
@@ -71,3 +70,16 @@ def run_application(app: serve.Application, name: str, route_prefix: str | None)
     """Hand an application to Serve beside the others, without waiting for it."""
     target = serve.RunTarget(target=app, name=name, route_prefix=route_prefix)
     serve.run_many([target], wait_for_applications_running=False)
+
+
+def _has_replicas(app: ApplicationStatusOverview) -> bool:
+    """Whether requests can be served: one replica of several is enough."""
+    states = [deployment.replica_states for deployment in app.deployments.values()]
+    return bool(states) and all(state.get(ReplicaState.RUNNING, 0) > 0 for state in states)
+
+
+def _reason(app: ApplicationStatusOverview) -> str:
+    """The last line of what Serve says: of a failed start, the error itself."""
+    messages = [deployment.message for deployment in app.deployments.values()]
+    lines = "\n".join(filter(None, [app.message, *messages])).strip().splitlines()
+    return lines[-1].strip() if lines else ""

@@ -158,13 +158,13 @@ class Publisher:
     def genesis(self, dataset: Dataset, day: date) -> None:
         """An empty part, so that an empty ledger can be read and has its schema."""
         folder = self._ledger / dataset
-        if folder.exists():
+        if any(folder.rglob("*.parquet")):
             return
         empty = SCHEMAS[dataset].empty_table()
         staged = self._staging / f"{dataset}-genesis.parquet"
         _write(empty, staged, dataset)
         target = folder / f"date={day.isoformat()}" / "part-genesis.parquet"
-        target.parent.mkdir(parents=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(staged, target)
         _sync_folders(target.parent, folder, self._ledger)
 

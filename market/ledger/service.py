@@ -18,7 +18,7 @@ from sqlalchemy import Connection
 from market import accounts as rules
 from market import storage
 from market.config import Config
-from market.errors import MarketFault, NotFound, Overloaded
+from market.errors import NotFound, Overloaded
 from market.ledger import registry, reports, tables
 from market.ledger.publisher import Dataset, Publisher, seal_interval
 from market.ledger.store import LedgerStore
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 GROUP_MAX = 512
 QUEUE_MAX = 10_000
+REPORTS_MAX = 2
 
 Waiting = tuple[storage.Command, asyncio.Future[Any]]
 
@@ -54,6 +55,7 @@ class Ledger:
         self._writer = ThreadPoolExecutor(1, "ledger-writer")
         self._files = ThreadPoolExecutor(1, "ledger-files")
         self._publishing = asyncio.Lock()
+        self._reporting = asyncio.Semaphore(REPORTS_MAX)
         self._resources = contextlib.ExitStack()
         self._tasks: list[asyncio.Task[None]] = []
         self._closed = False
@@ -70,12 +72,15 @@ class Ledger:
             self._engine = await asyncio.get_running_loop().run_in_executor(
                 self._writer, storage.connect, self._config.ledger_url, tables.metadata
             )
-            await self._run_group([self._publisher.repair, self._store.load])
+            self._resources.callback(self._engine.dispose)
+            for result in await self._run_group([self._publisher.repair, self._store.load]):
+                if isinstance(result, Exception):
+                    raise result
+            for dataset in Dataset:
+                self._publisher.genesis(dataset, self._clock.now().date())
         except BaseException:
             self._resources.close()
             raise
-        for dataset in Dataset:
-            self._publisher.genesis(dataset, self._clock.now().date())
         loop = asyncio.get_running_loop()
         self._tasks = [
             loop.create_task(self._write_forever()),
@@ -93,7 +98,6 @@ class Ledger:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            await asyncio.get_running_loop().run_in_executor(self._writer, self._engine.dispose)
             self._writer.shutdown()
             self._files.shutdown()
             self._resources.close()
@@ -217,17 +221,17 @@ class Ledger:
     async def usage(self, by: list[str], tenant_id: str | None) -> list[dict[str, Any]]:
         """Sums over every booked row, sealed or not."""
         files, live = await self._command(lambda c: self._publisher.live(c, Dataset.USAGE))
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(None, reports.usage, files, live, by, tenant_id)
+        async with self._reporting:
+            return await asyncio.to_thread(reports.usage, files, live, by, tenant_id)
 
     async def status(self) -> dict[str, Any]:
         """Counters for people and tests."""
-        held = await self._command(self._store.open_holds)
+        held = await self._command(self._store.count_open_holds)
         return {
             "pid": os.getpid(),
             "epoch": self._store.counters.epoch,
             "next_lsn": self._store.counters.next_lsn,
-            "open_holds": len(held),
+            "open_holds": held,
             "path": str(self._config.ledger_dir / Dataset.USAGE),
         }
 
@@ -296,7 +300,7 @@ class Ledger:
             await asyncio.sleep(seal_interval(parts))
             try:
                 await self.publish()
-            except (OSError, MarketFault):
+            except Exception:  # whatever it was, rows must not stay unpublished for ever
                 logger.exception("publishing failed; the next round tries again")
 
     async def _publish_part(self, dataset: Dataset) -> bool:

@@ -127,6 +127,12 @@ class LedgerStore:
         pending = tables.holds.c.state == HoldState.PENDING
         return [_hold(row) for row in connection.execute(select(tables.holds).where(pending))]
 
+    def count_open_holds(self, connection: Connection) -> int:
+        """How many holds have not ended."""
+        pending = tables.holds.c.state == HoldState.PENDING
+        query = select(func.count()).select_from(tables.holds).where(pending)
+        return int(connection.execute(query).scalar_one())
+
     # -- producers and usage ---------------------------------------------------------------
 
     def register_producer(self, connection: Connection, producer: str) -> int:
@@ -196,7 +202,12 @@ class LedgerStore:
         )
         for row in rows:
             charge_pico = int(row["charge"].scaleb(12))
-            books.post_hold(row["request_id"], charge_pico)
+            if row["usage_quality"] == UsageQuality.RECOVERED:
+                books.expire_hold(row["request_id"])
+            elif charge_pico == 0:
+                books.void_hold(row["request_id"])
+            else:
+                books.post_hold(row["request_id"], charge_pico)
             owed[row["tenant_id"], row["provider_id"], row["currency"]] += charge_pico
         for (tenant_id, provider_id, currency), amount_pico in owed.items():
             if amount_pico == 0:
@@ -280,6 +291,7 @@ _BOOKED_COLUMNS = [
     "cached_input_tokens",
     "output_tokens",
     "finish_reason",
+    "usage_quality",
     "price_id",
     "charge",
     "currency",

@@ -57,7 +57,7 @@ holds = Table(
     Column("amount_pico", Pico, nullable=False),
     Column("state", String, nullable=False),
     Column("posted_pico", Pico, nullable=False),
-    Index("holds_by_producer", "producer", "state"),
+    Index("holds_by_state", "state", "producer"),
 )
 
 producers = Table(

@@ -3,18 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from market.types import Deployment, DeploymentState
+from market.types import AppStatus, Deployment, DeploymentState
 
 APP_PREFIX = "model-"
-
-
-@dataclass(frozen=True, slots=True)
-class Observed:
-    """What Serve says of one application."""
-
-    running: bool
-    failed: bool
-    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +41,7 @@ class Forget:
 Step = Start | Remove | Mark | Forget
 
 
-def plan(desired: Sequence[Deployment], observed: Mapping[str, Observed]) -> list[Step]:
+def plan(desired: Sequence[Deployment], observed: Mapping[str, AppStatus]) -> list[Step]:
     """Steps that bring Serve closer to what is wanted; none if nothing differs."""
     steps: list[Step] = []
     wanted = {deployment.app_name for deployment in desired}
@@ -62,13 +53,16 @@ def plan(desired: Sequence[Deployment], observed: Mapping[str, Observed]) -> lis
     return steps
 
 
-def _steps(deployment: Deployment, seen: Observed | None) -> list[Step]:
+def _steps(deployment: Deployment, seen: AppStatus | None) -> list[Step]:
     if deployment.state is DeploymentState.STOPPING:
         gone = seen is None
         return [Forget(deployment.deployment_id) if gone else Remove(deployment.app_name)]
     if seen is None:
         failed = deployment.state is DeploymentState.FAILED
-        return [] if failed else [Start(deployment)]
+        if failed:
+            return []
+        starting = _mark(deployment, DeploymentState.STARTING, "replica starting")
+        return [*starting, Start(deployment)]
     if seen.failed:
         return _mark(
             deployment, DeploymentState.FAILED, seen.message or "the replica did not start"

@@ -13,7 +13,17 @@ from market.config import Config
 from market.errors import Conflict, InvalidRequest, NoCapacity, NotFound
 from market.ports import Clock
 from market.scheduler import reconcile, store, tables
-from market.types import Deployment, DeploymentState, Lane, Mode, Offer, RateCard, Route, RouteTable
+from market.types import (
+    AppStatus,
+    Deployment,
+    DeploymentState,
+    Lane,
+    Mode,
+    Offer,
+    RateCard,
+    Route,
+    RouteTable,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +38,7 @@ class Cluster(Protocol):
         """Raises InvalidRequest or NotFound if the engine or the model's files are missing."""
         ...
 
-    def observe(self) -> dict[str, reconcile.Observed]:
+    def observe(self) -> dict[str, AppStatus]:
         """Applications by name."""
         ...
 
@@ -63,6 +73,7 @@ class Scheduler:
         self._cluster = cluster
         self._thread = ThreadPoolExecutor(1, "scheduler")
         self._task: asyncio.Task[None] | None = None
+        self._ordering = asyncio.Lock()
 
     async def open(self) -> None:
         """Connect and start the loop."""
@@ -111,11 +122,18 @@ class Scheduler:
         model = catalog.find(model_name)
         if await self._prices.rate_card(model.name) is None:
             raise InvalidRequest(f"model {model.name} has no price, so it cannot be served")
+        async with self._ordering:
+            return await self._order(model, engine, replicas, dry_run)
+
+    async def _order(
+        self, model: catalog.Model, engine: str | None, replicas: int, dry_run: bool
+    ) -> Deployment:
+        """One order at a time: two must not be given the same place."""
         current, offers = await self.deployments(), await self.offers()
         existing = [d for d in current if d.model == model.name]
         if existing:
             return _same_or_conflict(existing[0], engine, replicas)
-        chosen = _place(model, offers, current)
+        chosen = _place(model, replicas, offers, current)
         engine = engine or ("vllm" if chosen.gpu_milli else "transformers")
         await asyncio.to_thread(self._cluster.check, model, engine)
         deployment = Deployment(
@@ -149,10 +167,11 @@ class Scheduler:
         """Where requests may go right now, and why some cannot."""
         offers = {offer.offer_id: offer for offer in await self.offers()}
         current = await self.deployments()
+        known = {model.name for model in catalog.models()}
         ready = [d for d in current if d.state is DeploymentState.READY]
         others = [d for d in current if d.state is not DeploymentState.READY]
         return RouteTable(
-            ready=tuple(self._route(d, offers[d.offer_id]) for d in ready),
+            ready=tuple(self._route(d, offers[d.offer_id]) for d in ready if d.model in known),
             starting=tuple((d.model, f"{d.state}, {d.reason}") for d in others),
         )
 
@@ -180,7 +199,7 @@ class Scheduler:
             try:
                 await self._reconcile()
             except Exception:
-                # Serve or a node may be down for a while; every step can be repeated.
+                # The ledger's or Serve's controller may be away for a while.
                 logger.exception("reconciling failed; the next round tries again")
             await asyncio.sleep(RECONCILE_S)
 
@@ -189,18 +208,25 @@ class Scheduler:
         offers = {offer.offer_id: offer for offer in await self.offers()}
         observed = await asyncio.to_thread(self._cluster.observe)
         for step in reconcile.plan(desired, observed):
-            match step:
-                case reconcile.Start(deployment):
-                    offer = offers[deployment.offer_id]
-                    await asyncio.to_thread(self._cluster.start, deployment, offer)
-                case reconcile.Remove(app_name):
-                    await asyncio.to_thread(self._cluster.remove, app_name)
-                case reconcile.Mark(deployment_id, state, reason):
-                    await self._command(
-                        partial(store.mark, deployment_id=deployment_id, state=state, reason=reason)
-                    )
-                case reconcile.Forget(deployment_id):
-                    await self._command(partial(store.forget, deployment_id=deployment_id))
+            try:
+                await self._perform(step, offers)
+            except Exception:
+                # One deployment that cannot be acted on must not starve the others.
+                logger.exception("step failed, tried again next round: %s", step)
+
+    async def _perform(self, step: reconcile.Step, offers: dict[str, Offer]) -> None:
+        match step:
+            case reconcile.Start(deployment):
+                offer = offers[deployment.offer_id]
+                await asyncio.to_thread(self._cluster.start, deployment, offer)
+            case reconcile.Remove(app_name):
+                await asyncio.to_thread(self._cluster.remove, app_name)
+            case reconcile.Mark(deployment_id, state, reason):
+                await self._command(
+                    partial(store.mark, deployment_id=deployment_id, state=state, reason=reason)
+                )
+            case reconcile.Forget(deployment_id):
+                await self._command(partial(store.forget, deployment_id=deployment_id))
 
     async def _command(self, command: storage.Command) -> Any:
         results = await self._in_thread(storage.run_group, self._engine, Counters(), [command])
@@ -213,10 +239,10 @@ class Scheduler:
 
 
 def _place(
-    model: catalog.Model, offers: list[Offer], current: list[Deployment]
+    model: catalog.Model, replicas: int, offers: list[Offer], current: list[Deployment]
 ) -> placement.Placement:
     fitting = placement.that_fit(catalog.models(), offers, current)
-    chosen = placement.place(model, offers, current, fitting)
+    chosen = placement.place(model, offers, current, fitting, replicas)
     if isinstance(chosen, placement.Misfit):
         raise NoCapacity(chosen.reason)
     return chosen

@@ -62,6 +62,8 @@ class RequestSampler(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
         if sampling.temperature < GREEDY_BELOW:
             return int(row.argmax())
         probabilities = _filtered(row / sampling.temperature, sampling).softmax(-1)
+        if not probabilities.isfinite().all():
+            return int(row.nan_to_num().argmax())  # an exception here would end all requests
         return int(torch.multinomial(probabilities, 1, generator=self._generator(state, sampling)))
 
     def _generator(self, state: Any, sampling: Sampling) -> torch.Generator:
@@ -93,14 +95,16 @@ def _penalised(
 
 
 def _filtered(row: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Top-k, then top-p, then min-p, as vLLM orders them."""
+    """Top-k, then top-p, then min-p."""
     if 0 < sampling.top_k < row.numel():
         threshold = row.topk(sampling.top_k).values[-1]
         row = row.masked_fill(row < threshold, float("-inf"))
     if sampling.top_p < 1.0:
         ordered, indices = row.sort(descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        row = row.index_fill(0, indices[before >= sampling.top_p], float("-inf"))
+        dropped = before >= sampling.top_p
+        dropped[0] = False  # also when top_p is too small for a 32-bit float
+        row = row.index_fill(0, indices[dropped], float("-inf"))
     if sampling.min_p > 0.0:
         probabilities = row.softmax(-1)
         floor = sampling.min_p * probabilities.max()

@@ -1,6 +1,8 @@
 """transformers with its own continuous batching: small to install, starts in seconds."""
 
 import asyncio
+import contextlib
+import queue
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -89,7 +91,7 @@ class TransformersEngine:
         request_id, sampling = request.request_id, request.sampling
         results: asyncio.Queue[Any] = asyncio.Queue()
         self._manager.register_result_handler(request_id, results.put_nowait)
-        self._manager.add_request(
+        accepted = self._manager.add_request(
             list(request.prompt_token_ids),
             request_id=request_id,
             max_new_tokens=sampling.max_tokens,
@@ -97,6 +99,8 @@ class TransformersEngine:
             eos_token_id=-1 if sampling.ignore_eos else None,
             sampling=sampling,
         )
+        if accepted is None:
+            raise EngineFailed("the generation thread takes no more requests")
         text = Detokenizer(self._tokenizer, sampling.stop)
         produced, finish = 0, None
         try:
@@ -120,6 +124,14 @@ class TransformersEngine:
             self._manager.cancel_request(request_id)
             self._manager.output_router.result_handlers.pop(request_id, None)
             self._sampler.forget(request_id)
+            self._drop_leftovers()
+
+    def _drop_leftovers(self) -> None:
+        """Results of requests that were given up before go to a queue that nobody reads."""
+        leftovers = self._manager.output_router.output_queue
+        with contextlib.suppress(queue.Empty):
+            while True:
+                leftovers.get_nowait()
 
     def _feed(self, text: Detokenizer, token_ids: tuple[int, ...]) -> tuple[str, int]:
         """(new text, tokens used): tokens behind a stop string are neither given nor counted."""

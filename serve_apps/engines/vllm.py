@@ -47,17 +47,17 @@ class VllmEngine:
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
         """Stream an answer; closing the iterator aborts it in vLLM."""
+        from vllm.exceptions import VLLMClientError
         from vllm.inputs import TokensPrompt
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         prompt = TokensPrompt(
             prompt_token_ids=list(request.prompt_token_ids), cache_salt=request.cache_salt
         )
-        outputs = self._engine.generate(
-            prompt, to_vllm(request.sampling), request_id=request.request_id
-        )
         produced = 0
         try:
+            parameters = to_vllm(request.sampling)
+            outputs = self._engine.generate(prompt, parameters, request_id=request.request_id)
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
                     answer = output.outputs[0]
@@ -67,10 +67,13 @@ class VllmEngine:
                         output.num_cached_tokens or 0,
                         produced,
                     )
-                    yield chunk(answer.text, tuple(answer.token_ids), counts, answer.finish_reason)
+                    reason = answer.finish_reason
+                    if reason not in (None, "stop", "length"):
+                        raise EngineFailed(f"vLLM gave the request up: {reason}")
+                    yield chunk(answer.text, tuple(answer.token_ids), counts, reason)
         except (EngineDeadError, EngineGenerateError) as error:
             raise EngineFailed(f"vLLM failed: {error}") from error
-        except ValueError as error:
+        except (ValueError, VLLMClientError) as error:
             raise InvalidRequest(f"vLLM refused the request: {error}") from error
 
     async def check_health(self) -> None:

@@ -148,6 +148,40 @@ class TestByHand:
         assert "not served here" in done.stderr
 
 
+class TestTwoReplicas:
+    def test_one_killed_is_an_interruption_for_its_own_streams_only(self, market):
+        market.cli("deploy", "tiny-qwen", "--replicas", "2")
+        tenant = market.tenant()
+        asked = {
+            "model": "tiny-qwen",
+            "messages": [{"role": "user", "content": "What is a list?"}],
+            "extra_body": {"ignore_eos": True},
+        }
+        replicas = market.processes("ServeReplica:model-tiny-qwen")
+        assert len(replicas) == 2
+        replicas[0].kill()
+        for _ in range(10):  # asked at once: nobody has noticed yet, the retry goes elsewhere
+            tenant.client().chat.completions.create(**asked, max_tokens=3)
+        rows = tenant.rows(10)
+        assert set(rows["finish_reason"]) == {"length"}
+        assert Decimal(tenant.balance()["balance"]) == 10 - rows["charge"].sum()
+        wait_until(
+            lambda: len(market.processes("ServeReplica:model-tiny-qwen")) == 2 or None,
+            "the second replica's return",
+        )
+        market.cli("undeploy", "tiny-qwen")
+
+
+def test_model_whose_weights_cannot_be_had_fails_with_a_reason(market):
+    done = market.run("deploy", "smollm2-135m")
+    assert done.returncode == 1
+    assert "smollm2-135m did not start" in done.stderr
+    assert "could not download" in done.stderr
+    (deployment,) = market.cli("deployments")
+    assert deployment["state"] == "failed"
+    market.cli("undeploy", "smollm2-135m")
+
+
 def test_help_needs_no_market_and_no_heavy_import():
     code = "import sys, market.cli.main as m; print([n for n in sys.modules if n in HEAVY])"
     heavy = "HEAVY={'ray','torch','transformers','pandas','pyarrow','sqlalchemy','httpx','rich'}\n"

@@ -132,9 +132,7 @@ class TestCompletions:
         assert answer.usage.prompt_tokens == 3
 
     def test_default_is_sixteen_tokens(self, tenant):
-        answer = tenant.client().completions.create(
-            model="tiny-qwen", prompt="A", extra_body=LONG
-        )
+        answer = tenant.client().completions.create(model="tiny-qwen", prompt="A", extra_body=LONG)
         assert answer.usage.completion_tokens == 16
 
 
@@ -295,7 +293,9 @@ class TestAccess:
         wait_until(refused, "refusal of the revoked key", timeout_s=5)
 
     def test_secrets_are_in_no_file_but_the_users_own(self, vllm_market, tenant):
-        tenant.client().completions.create(model="tiny-qwen", prompt="A secret prompt", max_tokens=1)
+        tenant.client().completions.create(
+            model="tiny-qwen", prompt="A secret prompt", max_tokens=1
+        )
         tenant.rows(1)
         head = json.loads((vllm_market.home / "state" / "cluster.json").read_text())
         from pathlib import Path

@@ -16,8 +16,6 @@ PROMPT = tuple(range(40, 60))
 CONTEXT = 1024
 
 
-
-
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def start(tiny_model):
     """Engines by name, each started once for both fixtures below."""
@@ -150,6 +148,11 @@ class TestSampling:
     async def test_tiny_top_p_is_greedy(self, real):
         greedy = tokens(await run(real, ask(10)))
         assert tokens(await run(real, ask(10, temperature=1.0, top_p=1e-6))) == greedy
+
+    async def test_extreme_values_harm_nobody(self, real):
+        extreme = {"temperature": 1e-4, "top_p": 1e-300, "min_p": 1.0, "repetition_penalty": 10.0}
+        await run(real, ask(5, **extreme, logit_bias=((5, 100.0), (6, -100.0))))
+        assert len(tokens(await run(real, ask(3)))) == 3
 
     async def test_min_p_of_one_is_greedy(self, real):
         greedy = tokens(await run(real, ask(10)))

@@ -1,5 +1,7 @@
 """Streaming a text in any pieces gives the text, with and without stop strings."""
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +17,7 @@ def pieces(text, cuts, stop):
     bounds = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
     detokenizer = Detokenizer(Bytes(), stop)
     out = ""
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         out += detokenizer.add(list(data[start:end]))
         if detokenizer.stopped:
             return out, True

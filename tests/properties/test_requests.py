@@ -1,4 +1,4 @@
-"""Any mix of requests, engines and hang-ups: every admitted request has one record, no hold stays."""
+"""Any mix of requests, engines and hang-ups: one record per admitted request, no hold stays."""
 
 import asyncio
 from contextlib import aclosing

@@ -41,9 +41,13 @@ async def test_what_arrives_during_a_pause_comes_as_one_chunk():
 
 async def test_failure_comes_after_what_was_generated():
     got = []
-    with pytest.raises(EngineFailed):
+
+    async def read():
         async for chunk in coalesce(FakeEngine(fail_at=3).generate(REQUEST), lambda: 0.0):
             got.extend(chunk.token_ids)
+
+    with pytest.raises(EngineFailed):
+        await read()
     assert got == [0, 1, 2]
 
 

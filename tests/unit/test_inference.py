@@ -12,6 +12,7 @@ from market.errors import (
     InsufficientBalance,
     MarketFault,
     NotFound,
+    Overloaded,
     PermissionDenied,
 )
 from market.fakes import DirectSink, FakeClock, FakeEngine, FakeRoutes, MemoryLedger
@@ -92,6 +93,12 @@ class TestFinished:
         await here.answer()
         record, _ = await here.settled()
         assert record.cached_input_tokens == 10
+
+    async def test_nonsense_of_a_replica_does_not_reach_the_books(self):
+        here = await market(FakeEngine(cached_input_tokens=-(2**80)))
+        await here.answer()
+        record, _ = await here.settled()
+        assert record.cached_input_tokens == 0
 
     async def test_engine_gets_the_tenant_as_cache_salt(self):
         here = await market()
@@ -253,6 +260,35 @@ class TestFaults:
         assert record.usage_quality is UsageQuality.RECOVERED
         assert (record.finish_reason, record.charge_pico) == (FinishReason.MARKET_FAULT, 0)
         assert balance == 10**12
+
+    async def test_replica_that_dies_after_its_last_chunk_has_answered(self):
+        class DiesLate(FakeEngine):
+            async def generate(self, request):
+                async for chunk in super().generate(request):
+                    yield chunk
+                raise EngineFailed("too late")
+
+        here = await market(DiesLate())
+        *_, record = await here.answer()
+        assert (record.finish_reason, len(here.engine.requests)) == (FinishReason.LENGTH, 1)
+        assert record.charge_pico > 0
+
+    async def test_ledger_that_does_not_answer_in_time_keeps_no_hold(self):
+        here = await market()
+        real_open, calls = here.ledger.open_hold, []
+
+        async def booked_but_not_answered(request):
+            calls.append(request)
+            result = await real_open(request)
+            if len(calls) == 1:
+                raise Overloaded("no answer", retry_after_s=0.001)
+            return result
+
+        here.ledger.open_hold = booked_but_not_answered
+        with pytest.raises(Overloaded):
+            await here.ask()
+        record, balance = await here.settled()
+        assert (record.finish_reason, balance) == (FinishReason.MARKET_FAULT, 10**12)
 
 
 class TestRejected:

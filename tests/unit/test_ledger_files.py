@@ -188,7 +188,6 @@ class TestRestart:
             with pytest.raises(MarketFault, match="another process"):
                 await Ledger(box.config, box.clock).open()
 
-
     async def test_database_that_another_process_has_open_is_named_and_opens_later(self, box):
         async with box.open() as ledger:
             await box.prepare(ledger)

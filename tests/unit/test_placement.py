@@ -20,7 +20,7 @@ SERVER = replace(
 
 def deployed(number, gpu_milli, offer_id="server"):
     return Deployment(
-        f"d{number}", f"m{number}", Mode.TOKENS, "vllm", 1, offer_id, gpu_milli,
+        f"d{number}", "qwen-7b", Mode.TOKENS, "vllm", 1, offer_id, gpu_milli,
         DeploymentState.READY, "", NOON,
     )  # fmt: skip
 
@@ -71,6 +71,20 @@ class TestPlace:
         while isinstance(placed := place(model, [SERVER], current, ()), Placement):
             current.append(deployed(len(current), placed.gpu_milli))
         assert len(current) == 2 * (1000 // current[0].gpu_milli)
+
+    def test_replicas_must_all_find_room(self):
+        assert isinstance(place(find("qwen-7b"), [SERVER], [], (), replicas=2), Placement)
+        misfit = place(find("qwen-7b"), [SERVER], [], (), replicas=3)
+        assert isinstance(misfit, Misfit)
+        assert "needs 3 times 1 GPU" in misfit.reason
+        assert isinstance(place(find("tiny-qwen"), [LAPTOP], [], (), replicas=16), Misfit)
+
+    def test_memory_of_what_runs_already_is_taken(self):
+        current = []
+        while isinstance(place(find("tiny-qwen"), [LAPTOP], current, ()), Placement):
+            number = len(current)
+            current.append(replace(deployed(number, 0, "local"), model="tiny-qwen"))
+        assert len(current) == LAPTOP.memory_mib // find("tiny-qwen").memory_mib
 
     def test_without_any_node_nothing_fits(self):
         assert isinstance(place(find("tiny-qwen"), [], [], ()), Misfit)

@@ -17,7 +17,9 @@ class TestMoney:
     def test_is_parsed_exactly(self, text, pico):
         assert pricing.parse_money(text) == pico
 
-    @pytest.mark.parametrize("text", ["", "ten", "NaN", "Infinity", "0.0000000000001", "1e16"])
+    @pytest.mark.parametrize(
+        "text", ["", "ten", "NaN", "Infinity", "0.0000000000001", "1e16", "1." + "0" * 40 + "1"]
+    )
     def test_refuses_what_is_no_exact_amount(self, text):
         with pytest.raises(InvalidRequest):
             pricing.parse_money(text)

@@ -1,7 +1,7 @@
 from dataclasses import replace
 
-from market.scheduler.reconcile import Forget, Mark, Observed, Remove, Start, plan
-from market.types import Deployment, DeploymentState, Mode
+from market.scheduler.reconcile import Forget, Mark, Remove, Start, plan
+from market.types import AppStatus, Deployment, DeploymentState, Mode
 from tests.samples import NOON
 
 WANTED = Deployment(
@@ -17,13 +17,19 @@ WANTED = Deployment(
     created_at=NOON,
 )
 APP = WANTED.app_name
-RUNNING = Observed(running=True, failed=False, message="")
-STARTING = Observed(running=False, failed=False, message="")
-FAILED = Observed(running=False, failed=True, message="no memory")
+RUNNING = AppStatus(running=True, failed=False, message="")
+STARTING = AppStatus(running=False, failed=False, message="")
+FAILED = AppStatus(running=False, failed=True, message="no memory")
 
 
 def test_what_is_missing_is_started():
     assert plan([WANTED], {}) == [Start(WANTED)]
+
+
+def test_lost_application_is_not_ready_any_more_and_started_again():
+    ready = replace(WANTED, state=DeploymentState.READY, reason="serving")
+    mark, start = plan([ready], {})
+    assert (mark.state, start) == (DeploymentState.STARTING, Start(ready))
 
 
 def test_what_nobody_wants_is_removed():
@@ -56,8 +62,3 @@ def test_stopping_is_removed_then_forgotten():
     stopping = replace(WANTED, state=DeploymentState.STOPPING)
     assert plan([stopping], {APP: RUNNING}) == [Remove(APP)]
     assert plan([stopping], {}) == [Forget("tiny-1")]
-
-
-def test_lost_application_of_a_ready_deployment_is_started_again():
-    ready = replace(WANTED, state=DeploymentState.READY, reason="serving")
-    assert plan([ready], {}) == [Start(ready)]

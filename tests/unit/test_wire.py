@@ -20,6 +20,11 @@ class TestParse:
     @pytest.mark.parametrize(
         ("changes", "param"),
         [
+            ({"min_tokens": 3, "max_tokens": 2}, None),
+            (
+                {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
+                "messages.0.tool_calls",
+            ),
             ({"temperature": 2.5}, "temperature"),
             ({"top_p": 0}, "top_p"),
             ({"max_tokens": 0}, "max_tokens"),
@@ -49,6 +54,8 @@ class TestParse:
             {"logprobs": True},
             {"tools": [{"type": "function"}]},
             {"response_format": {"type": "json_object"}},
+            {"tool_choice": "required"},
+            {"stop_token_ids": [1]},
         ],
     )
     def test_what_would_change_the_answer_is_refused_not_ignored(self, changes):
@@ -111,9 +118,39 @@ class TestMessages:
             chat(messages=[{"role": "user", "content": [part]}])
 
 
-@pytest.mark.parametrize("prompt", ["text", [1, 2], ["text"], [[1, 2]]])
-def test_completion_prompts_come_in_four_forms(prompt):
-    assert parse(CompletionBody, json.dumps({"model": "m", "prompt": prompt}).encode())
+def test_null_is_the_default_of_stream():
+    assert not chat(stream=None).stream
+
+
+def test_half_a_character_is_no_text():
+    with pytest.raises(InvalidRequest):
+        parse(ChatBody, json.dumps(HELLO).replace("hi", "\\ud800").encode())
+    assert parse(ChatBody, json.dumps(HELLO).replace("hi", "\\ud83d\\ude00").encode())
+
+
+def completion(prompt):
+    return parse(CompletionBody, json.dumps({"model": "m", "prompt": prompt}).encode())
+
+
+class TestPrompt:
+    @pytest.mark.parametrize(
+        ("prompt", "parsed"),
+        [("text", "text"), ([1, 2], [1, 2]), (["text"], "text"), ([[1, 2]], [1, 2])],
+    )
+    def test_comes_in_four_forms(self, prompt, parsed):
+        assert completion(prompt).prompt == parsed
+
+    @pytest.mark.parametrize("prompt", [None, 1, {}, ["a", "b"], [[1], [2]], [1, "a"], [True]])
+    def test_anything_else_is_refused(self, prompt):
+        with pytest.raises(InvalidRequest) as caught:
+            completion(prompt)
+        assert caught.value.param == "prompt"
+
+    @pytest.mark.parametrize("junk", [{"prompt": [1, "a"] * 300_000}, {"messages": [1] * 300_000}])
+    def test_a_body_full_of_mistakes_is_refused_at_the_first(self, junk):
+        kind = ChatBody if "messages" in junk else CompletionBody
+        with pytest.raises(InvalidRequest):
+            parse(kind, json.dumps({"model": "m"} | junk).encode())
 
 
 def test_budget_is_length_on_the_wire():
