@@ -4,7 +4,6 @@ Every function takes the connection of the running group; ``Counters`` are the n
 writer keeps in memory. Rules are in market.accounts; here they meet rows.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
-from sqlalchemy import Connection, Row, Table, func, select, update
+from sqlalchemy import Connection, func, select, update
 
 from market import accounts as rules
 from market import pricing
@@ -20,6 +19,7 @@ from market.accounts import Account, Books, Hold, HoldResult, HoldState, Transfe
 from market.errors import Conflict, InvalidRequest
 from market.ledger import tables
 from market.ledger.registry import rate_cards_by_id
+from market.ledger.rows import account_from, hold_from, hold_row, load_books
 from market.ledger.schema import decode_batch, encode_batch, serialize
 from market.ports import Clock
 from market.storage import upsert
@@ -76,7 +76,7 @@ class LedgerStore:
 
     def open_account(self, connection: Connection, account: Account) -> None:
         """Make an account; nothing happens if it is there."""
-        books = _load_books(connection, account_ids=[account.account_id])
+        books = load_books(connection, account_ids=[account.account_id])
         books.open_account(account)
         self._save_books(connection, books)
 
@@ -85,7 +85,7 @@ class LedgerStore:
 
         Raises Conflict if the id was used for something else, InvalidRequest if it cannot be.
         """
-        books = _load_books(
+        books = load_books(
             connection,
             account_ids=[transfer.debit_account, transfer.credit_account],
             transfer_ids=[transfer.transfer_id],
@@ -99,12 +99,12 @@ class LedgerStore:
 
     def account(self, connection: Connection, account_id: str) -> Account | None:
         """One account as it is now."""
-        return _load_books(connection, account_ids=[account_id]).accounts.get(account_id)
+        return load_books(connection, account_ids=[account_id]).accounts.get(account_id)
 
     def accounts(self, connection: Connection) -> list[Account]:
         """All accounts, by id."""
         rows = connection.execute(select(tables.accounts).order_by(tables.accounts.c.account_id))
-        return [_account(row) for row in rows]
+        return [account_from(row) for row in rows]
 
     # -- holds -----------------------------------------------------------------------------
 
@@ -113,7 +113,7 @@ class LedgerStore:
         epoch, _ = _producer(connection, request.producer)
         if request.epoch != epoch:
             raise _fenced(request.producer, request.epoch, epoch)
-        books = _load_books(
+        books = load_books(
             connection,
             account_ids=[rules.tenant_account(request.tenant_id)],
             hold_ids=[request.hold_id],
@@ -125,7 +125,7 @@ class LedgerStore:
     def open_holds(self, connection: Connection) -> list[Hold]:
         """Every hold that has not ended."""
         pending = tables.holds.c.state == HoldState.PENDING
-        return [_hold(row) for row in connection.execute(select(tables.holds).where(pending))]
+        return [hold_from(row) for row in connection.execute(select(tables.holds).where(pending))]
 
     def count_open_holds(self, connection: Connection) -> int:
         """How many holds have not ended."""
@@ -148,7 +148,7 @@ class LedgerStore:
                 tables.holds.c.producer == producer, tables.holds.c.state == HoldState.PENDING
             )
         ).all()
-        self._recover(connection, [_hold(row) for row in orphans])
+        self._recover(connection, [hold_from(row) for row in orphans])
         return epoch
 
     def append(
@@ -188,7 +188,7 @@ class LedgerStore:
         lsn_lo = self.counters.next_lsn
         lsn_hi = lsn_lo + len(rows) - 1
         owed: dict[tuple[str, str, str], int] = defaultdict(int)
-        books = _load_books(
+        books = load_books(
             connection,
             account_ids={
                 account
@@ -270,7 +270,7 @@ class LedgerStore:
             upsert(
                 connection,
                 tables.holds,
-                [_hold_row(books.holds[name]) for name in sorted(books.changed_holds)],
+                [hold_row(books.holds[name]) for name in sorted(books.changed_holds)],
             )
         for transfer in books.new_transfers:
             row = asdict(transfer) | {
@@ -319,27 +319,6 @@ def check_charges(rows: Iterable[dict[str, Any]], cards: dict[str, RateCard]) ->
             )
 
 
-def _load_books(
-    connection: Connection,
-    account_ids: Iterable[str] = (),
-    hold_ids: Iterable[str] = (),
-    transfer_ids: Iterable[str] = (),
-) -> Books:
-    account_rows = _rows_by_key(connection, tables.accounts, "account_id", account_ids)
-    hold_rows = _rows_by_key(connection, tables.holds, "hold_id", hold_ids)
-    transfer_rows = _rows_by_key(connection, tables.transfers, "transfer_id", transfer_ids)
-    return Books(map(_account, account_rows), map(_hold, hold_rows), map(_transfer, transfer_rows))
-
-
-def _rows_by_key(
-    connection: Connection, table: Table, key: str, values: Iterable[str]
-) -> Sequence[Row[tuple[object, ...]]]:
-    wanted = sorted(set(values))
-    if not wanted:
-        return []
-    return connection.execute(select(table).where(table.c[key].in_(wanted))).all()
-
-
 def _producer(connection: Connection, producer: str) -> tuple[int, int]:
     """(epoch, next_seq) of a producer; (0, 0) if it never registered."""
     query = select(tables.producers.c.epoch, tables.producers.c.next_seq)
@@ -365,41 +344,3 @@ def _check_identity(batch: pa.RecordBatch, producer: str, epoch: int, first_seq:
     producers, epochs = (set(batch.column(c).to_pylist()) for c in ("producer", "epoch"))
     if producers != {producer} or epochs != {epoch} or batch.column("seq").to_pylist() != expected:
         raise InvalidRequest(f"batch of {producer} carries other identities than its envelope")
-
-
-def _account(row: Row[tuple[object, ...]]) -> Account:
-    values = dict(row._mapping)
-    return Account(**{**values, "side": rules.Side(values["side"])})
-
-
-def _hold_row(hold: Hold) -> dict[str, object]:
-    request = asdict(hold.request)
-    request["started_at"] = hold.request.started_at.isoformat()
-    return {
-        "hold_id": hold.request.hold_id,
-        "producer": hold.request.producer,
-        "epoch": hold.request.epoch,
-        "request": json.dumps(request),
-        "amount_pico": hold.amount_pico,
-        "state": hold.state,
-        "posted_pico": hold.posted_pico,
-    }
-
-
-def _hold(row: Row[tuple[object, ...]]) -> Hold:
-    values = row._mapping
-    request = json.loads(values["request"])
-    request["lane"] = Lane(request["lane"])
-    request["started_at"] = datetime.fromisoformat(request["started_at"])
-    return Hold(
-        HoldRequest(**request),
-        values["amount_pico"],
-        HoldState(values["state"]),
-        values["posted_pico"],
-    )
-
-
-def _transfer(row: Row[tuple[object, ...]]) -> Transfer:
-    values = dict(row._mapping)
-    del values["tsn"], values["booked_at"]
-    return Transfer(**{**values, "kind": TransferKind(values["kind"])})
