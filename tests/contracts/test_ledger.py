@@ -38,13 +38,16 @@ def record(request, seq, reason=FinishReason.STOP, counts=COUNTS):
     ).emitted_by("gw0", request.epoch, seq)
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", "postgresql"])
 async def ledger(request, tmp_path) -> AsyncIterator[MemoryLedger | SqlLedger]:
     async with contextlib.AsyncExitStack() as stack:
         if request.param == "memory":
             ledger = MemoryLedger(FakeClock())
         else:
-            config = Config(tmp_path, "http://127.0.0.1:1")
+            url = None
+            if request.param == "postgresql":
+                url = request.getfixturevalue("postgres_url")
+            config = Config(tmp_path, "http://127.0.0.1:1", url)
             ledger = SqlLedger(config, FakeClock(), on_fatal=lambda: None)
             await ledger.open()
             stack.push_async_callback(ledger.close)
