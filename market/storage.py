@@ -4,6 +4,7 @@ import contextlib
 import copy
 import fcntl
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +28,8 @@ from sqlalchemy.pool import StaticPool
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from market.errors import MarketFault
+
+LOCK_POLL_S = 0.05
 
 Command = Callable[[Connection], Any]
 
@@ -98,22 +101,31 @@ def run_group(engine: Engine, state: Any, commands: Sequence[Command]) -> list[A
 
 
 @contextlib.contextmanager
-def exclusive_lock(path: Path) -> Iterator[None]:
+def exclusive_lock(path: Path, patience_s: float) -> Iterator[None]:
     """Hold a file lock for the life of the process.
 
-    Raises MarketFault if another process has it: two ledgers on one database must not be.
+    A killed predecessor may still be on its way out, hence the patience. Raises MarketFault if
+    another process keeps it: two ledgers on one database must not be.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    deadline = time.monotonic() + patience_s
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise MarketFault(f"another process holds {path}; is a second market running?") from None
-    try:
+        while not _try_lock(descriptor):
+            if time.monotonic() > deadline:
+                raise MarketFault(f"another process holds {path}; is a second market running?")
+            time.sleep(LOCK_POLL_S)
         yield
     finally:
         os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def upsert(connection: Connection, table: Table, rows: list[dict[str, object]]) -> None:

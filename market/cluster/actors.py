@@ -5,6 +5,7 @@ import importlib
 import inspect
 import logging
 import time
+from enum import Enum
 from typing import Any, TypeVar, cast
 
 import ray
@@ -21,6 +22,14 @@ PAUSE_S = 0.1
 Service = TypeVar("Service")
 
 
+class Answer(Enum):
+    """What became of a command. NOT_OPEN is worth another try, REFUSED is final."""
+
+    DONE = "done"
+    REFUSED = "refused"
+    NOT_OPEN = "not_open"
+
+
 class ServiceHost:
     """The actor around a service: builds it, opens it, forwards calls to it.
 
@@ -32,13 +41,16 @@ class ServiceHost:
         self._service = getattr(importlib.import_module(module), name)(*arguments)
         self._opening: asyncio.Task[None] | None = None
 
-    async def call(self, method: str, arguments: Any, keywords: Any) -> tuple[bool, Any]:
-        """(True, result), or (False, error) for errors that callers are meant to see."""
+    async def call(self, method: str, arguments: Any, keywords: Any) -> tuple[Answer, Any]:
+        """What became of the command, and its result or the error that callers shall see."""
         try:
             await self._opened()
-            return True, await getattr(self._service, method)(*arguments, **keywords)
         except MarketError as error:
-            return False, error
+            return Answer.NOT_OPEN, error
+        try:
+            return Answer.DONE, await getattr(self._service, method)(*arguments, **keywords)
+        except MarketError as error:
+            return Answer.REFUSED, error
 
     async def _opened(self) -> None:
         """Open the service once; a failed try is reported and the next call tries again."""
@@ -118,7 +130,7 @@ class _Proxy:
         while True:
             try:
                 actor = await self._find()
-                good, value = await actor.call.remote(method, arguments, keywords)
+                answer, value = await actor.call.remote(method, arguments, keywords)
             except RayTaskError as error:
                 # The command itself failed and was undone; its cause may look like anything.
                 logger.error("%s failed in %s", self._actor_name, method, exc_info=error)
@@ -133,9 +145,14 @@ class _Proxy:
                     ) from error
                 await asyncio.sleep(PAUSE_S)
                 continue
-            if good:
+            if answer is Answer.DONE:
                 return value
-            raise value
+            if answer is Answer.REFUSED:
+                raise value
+            if time.monotonic() > deadline:
+                reason = f"the {self._actor_name} cannot start: {value}"
+                raise Overloaded(reason, retry_after_s=5) from value
+            await asyncio.sleep(PAUSE_S)
 
 
 def proxy(service: type[Service], actor_name: str) -> Service:

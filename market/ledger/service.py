@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 GROUP_MAX = 512
 QUEUE_MAX = 10_000
+LOCK_PATIENCE_S = 5.0
 REPORTS_MAX = 2
 
 Waiting = tuple[storage.Command, asyncio.Future[Any]]
@@ -66,9 +67,8 @@ class Ledger:
         Raises MarketFault if another process has the lock or the database; may be tried again.
         """
         try:
-            self._resources.enter_context(
-                storage.exclusive_lock(self._config.state_dir / "ledger.lock")
-            )
+            lock = storage.exclusive_lock(self._config.state_dir / "ledger.lock", LOCK_PATIENCE_S)
+            await asyncio.to_thread(self._resources.enter_context, lock)
             self._engine = await asyncio.get_running_loop().run_in_executor(
                 self._writer, storage.connect, self._config.ledger_url, tables.metadata
             )

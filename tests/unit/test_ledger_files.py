@@ -183,7 +183,8 @@ class TestRestart:
             assert (row["producer"], row["usage_quality"]) == ("ledger", "recovered")
             assert (row["finish_reason"], row["charge"]) == ("market_fault", 0)
 
-    async def test_second_ledger_on_the_same_folder_is_refused(self, box):
+    async def test_second_ledger_on_the_same_folder_is_refused(self, box, monkeypatch):
+        monkeypatch.setattr("market.ledger.service.LOCK_PATIENCE_S", 0.2)
         async with box.open():
             with pytest.raises(MarketFault, match="another process"):
                 await Ledger(box.config, box.clock).open()
