@@ -76,23 +76,24 @@ def up(config: Config, operator_key_hash: str, operator_key_id: str, report: Rep
         report("opening the ledger")
         start_service(LEDGER, "market.bootstrap:make_ledger", config)
         operator = Principal(operator_key_id, Role.OPERATOR, "operator")
-        asyncio.run(_register(config, operator, operator_key_hash))
+        asyncio.run(_register(operator, operator_key_hash))
         report("starting the gateway")
+        # Before the scheduler, which would start Serve with other options to bring models back.
         options = HTTPOptions(host=config.http_host, port=config.http_port)
         serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options)
+        start_service(SCHEDULER, "market.bootstrap:make_scheduler", config)
+        asyncio.run(scheduler_client().offer(local_offer()))
         app = import_builder(GATEWAY_APP)(config)
         if GATEWAY not in serve.status().applications:
             run_application(app, GATEWAY, route_prefix="/")
         _wait_until_ready(config)
 
 
-async def _register(config: Config, operator: Principal, key_hash: str) -> None:
+async def _register(operator: Principal, key_hash: str) -> None:
     ledger = ledger_client()
     await ledger.create_provider(LOCAL)
     await ledger.add_key(operator, key_hash)
     await ledger.add_rate_cards(catalog.default_rate_cards(), only_new_models=True)
-    start_service(SCHEDULER, "market.bootstrap:make_scheduler", config)
-    await scheduler_client().offer(local_offer())
 
 
 def local_offer() -> Offer:

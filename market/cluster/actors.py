@@ -1,6 +1,7 @@
 """Services as detached Ray actors, and proxies that call them through crashes."""
 
 import asyncio
+import contextlib
 import importlib
 import inspect
 import logging
@@ -40,6 +41,14 @@ class ServiceHost:
         module, _, name = factory.partition(":")
         self._service = getattr(importlib.import_module(module), name)(*arguments)
         self._opening: asyncio.Task[None] | None = None
+        if ray.is_initialized():
+            # After a crash nobody may call for long, but the service has loops of its own to run.
+            ray.get_runtime_context().current_actor.wake.remote()
+
+    async def wake(self) -> None:
+        """Open the service if nobody has called yet."""
+        with contextlib.suppress(MarketError):  # whoever calls next is told
+            await self._opened()
 
     async def call(self, method: str, arguments: Any, keywords: Any) -> tuple[Answer, Any]:
         """What became of the command, and its result or the error that callers shall see."""
