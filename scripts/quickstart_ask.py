@@ -44,13 +44,17 @@ def ask(config: Config, model: str, question: str) -> tuple[str, dict[str, objec
 
 
 def sealed_row(config: Config, request_id: str) -> "pd.Series[object]":
-    """The request's row, as soon as it is in the Parquet ledger."""
+    """The request's row, as soon as it and the transfer that pays for it are in Parquet."""
     deadline = time.monotonic() + SEAL_TIMEOUT_S
     while time.monotonic() < deadline:
         ledger = pd.read_parquet(config.ledger_dir / "usage")
+        transfers = pd.read_parquet(config.ledger_dir / "transfers")
         mine = ledger[ledger["request_id"] == request_id]
         if len(mine):
-            return mine.iloc[0]
+            lsn = mine.iloc[0]["lsn"]
+            paid = (transfers["lsn_lo"] <= lsn) & (lsn <= transfers["lsn_hi"])
+            if paid.any():
+                return mine.iloc[0]
         time.sleep(0.2)
     sys.exit(f"{request_id} was not sealed within {SEAL_TIMEOUT_S} s")
 
