@@ -2,10 +2,12 @@
 
 One door, no I/O: whoever stores accounts and holds loads the ones a step needs into ``Books``,
 calls its methods, and writes back what changed. Refusals are statuses and change nothing; a hold
-ends once (posted or voided). Vocabulary: debit, credit, pending -> post / void, as in TigerBeetle.
+ends once (posted, voided or expired); a shared one is drawn on before. Vocabulary: debit, credit,
+pending -> post / void, as in TigerBeetle.
 """
 
-from collections.abc import Iterable
+from collections import ChainMap
+from collections.abc import MutableMapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -15,6 +17,8 @@ from market.types import HoldRequest
 CASH = "cash"
 FEES = "fees"
 SUSPENSE = "suspense"
+# The provider of what the market itself gives away (adjustments that no GPU owner pays for).
+MARKET_PROVIDER = "market"
 
 
 def tenant_account(tenant_id: str) -> str:
@@ -23,8 +27,13 @@ def tenant_account(tenant_id: str) -> str:
 
 
 def provider_account(provider_id: str) -> str:
-    """Account id of what the market owes a provider."""
+    """Account id of what a provider has earned since the last settlement (payable)."""
     return f"provider:{provider_id}"
+
+
+def settled_account(provider_id: str) -> str:
+    """Account id of what was settled for a provider, its fee taken, and is to be paid out."""
+    return f"settled:{provider_id}"
 
 
 class Side(StrEnum):
@@ -63,11 +72,18 @@ class TransferKind(StrEnum):
 
     DEPOSIT = "deposit"
     CHARGE = "charge"
+    REFUND = "refund"
+    RELEASE = "release"
+    FEE = "fee"
+    SETTLE = "settle"
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """Money from one account to another. ``lsn_lo``..``lsn_hi`` are the usage rows it pays for."""
+    """Money from one account to another. ``lsn_lo``..``lsn_hi`` are the usage rows it pays for.
+
+    A ``release`` has the same account on both sides: money set aside is free again.
+    """
 
     transfer_id: str
     kind: TransferKind
@@ -114,12 +130,17 @@ class HoldState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Money set aside on a tenant's account for one request."""
+    """Money set aside on a tenant's account; ``posted_pico`` of it was used."""
 
     request: HoldRequest
     amount_pico: int
     state: HoldState = HoldState.PENDING
     posted_pico: int = 0
+
+    @property
+    def left_pico(self) -> int:
+        """What is still set aside; once ended, what was given back."""
+        return self.amount_pico - self.posted_pico
 
     @property
     def account_id(self) -> str:
@@ -153,29 +174,31 @@ class HoldError(MarketFault):
 
 
 class Books:
-    """Accounts, holds and transfers that one step works on.
+    """The accounts, holds and transfers that one step works on.
 
-    ``changed_accounts``, ``changed_holds`` and ``new_transfers`` are what must be stored.
+    Given mappings are read, never written: ``accounts``, ``holds`` and ``transfers`` lay the
+    step's changes over them, and ``changed_accounts``, ``changed_holds`` and ``new_transfers``
+    are what must be stored.
     """
 
     def __init__(
         self,
-        accounts: Iterable[Account] = (),
-        holds: Iterable[Hold] = (),
-        transfers: Iterable[Transfer] = (),
+        accounts: MutableMapping[str, Account] | None = None,
+        holds: MutableMapping[str, Hold] | None = None,
+        transfers: MutableMapping[str, Transfer] | None = None,
     ) -> None:
-        self.accounts = {account.account_id: account for account in accounts}
-        self.holds = {hold.request.hold_id: hold for hold in holds}
-        self.transfers = {transfer.transfer_id: transfer for transfer in transfers}
-        self.changed_accounts: set[str] = set()
-        self.changed_holds: set[str] = set()
+        self.changed_accounts: dict[str, Account] = {}
+        self.changed_holds: dict[str, Hold] = {}
+        self.accounts = ChainMap(self.changed_accounts, accounts if accounts is not None else {})
+        self.holds = ChainMap(self.changed_holds, holds if holds is not None else {})
+        self.transfers = ChainMap({}, transfers if transfers is not None else {})
         self.new_transfers: list[Transfer] = []
 
     def open_account(self, account: Account) -> bool:
         """Add an account; False if it is there already (nothing changes then)."""
         if account.account_id in self.accounts:
             return False
-        self._put_account(account)
+        self.accounts[account.account_id] = account
         return True
 
     def transfer(self, transfer: Transfer) -> TransferStatus:
@@ -196,10 +219,9 @@ class Books:
         credit = replace(credit, credits_pico=credit.credits_pico + transfer.amount_pico)
         if any(_overdrawn(account) for account in (debit, credit)):
             return TransferStatus.EXCEEDS_BALANCE
-        self._put_account(debit)
-        self._put_account(credit)
-        self.transfers[transfer.transfer_id] = transfer
-        self.new_transfers.append(transfer)
+        self.accounts[debit.account_id] = debit
+        self.accounts[credit.account_id] = credit
+        self._note(transfer)
         return TransferStatus.CREATED
 
     def open_hold(self, request: HoldRequest) -> HoldResult:
@@ -222,27 +244,41 @@ class Books:
             )
             return HoldResult(status, None, available)
         hold = Hold(request, min(request.wanted_pico, available))
-        self._put_account(replace(account, held_pico=account.held_pico + hold.amount_pico))
-        self._put_hold(hold)
+        self._hold_money(hold.account_id, hold.amount_pico)
+        self.holds[request.hold_id] = hold
         return HoldResult(HoldStatus.GRANTED, hold, available - hold.amount_pico)
 
-    def post_hold(self, hold_id: str, amount_pico: int) -> Hold:
-        """End a hold as used up to ``amount_pico``; the caller makes the transfer itself.
+    def draw_hold(self, hold_id: str, amount_pico: int) -> Hold:
+        """Use part of a hold that stays open; the caller makes the transfer itself.
 
-        Raises HoldError if it is unknown, ended, or smaller than the amount.
+        Raises HoldError if it is unknown, ended, or smaller than what is drawn in all.
         """
         hold = self._pending(hold_id)
-        if not 0 <= amount_pico <= hold.amount_pico:
-            raise HoldError(f"hold {hold_id} of {hold.amount_pico} cannot post {amount_pico}")
-        return self._end_hold(replace(hold, state=HoldState.POSTED, posted_pico=amount_pico))
+        if not 0 <= amount_pico <= hold.left_pico:
+            raise HoldError(f"hold {hold_id} has {hold.left_pico} left, cannot post {amount_pico}")
+        self._hold_money(hold.account_id, -amount_pico)
+        drawn = replace(hold, posted_pico=hold.posted_pico + amount_pico)
+        self.holds[hold_id] = drawn
+        return drawn
+
+    def post_hold(self, hold_id: str, amount_pico: int) -> Hold:
+        """Draw ``amount_pico`` and end the hold. Raises HoldError like ``draw_hold``."""
+        self.draw_hold(hold_id, amount_pico)
+        return self._end_hold(hold_id, HoldState.POSTED)
 
     def void_hold(self, hold_id: str) -> Hold:
-        """End a hold unused. Raises HoldError if it is unknown or ended."""
-        return self._end_hold(replace(self._pending(hold_id), state=HoldState.VOIDED))
+        """End a hold; what is left of it returns. Raises HoldError if it is unknown or ended."""
+        return self._end_hold(hold_id, HoldState.VOIDED)
 
     def expire_hold(self, hold_id: str) -> Hold:
         """End a hold whose owner is gone. Raises HoldError if it is unknown or ended."""
-        return self._end_hold(replace(self._pending(hold_id), state=HoldState.EXPIRED))
+        return self._end_hold(hold_id, HoldState.EXPIRED)
+
+    def release(self, transfer: Transfer) -> None:
+        """Put the end of holds on record; their money is free already."""
+        assert transfer.kind is TransferKind.RELEASE, transfer
+        assert transfer.debit_account == transfer.credit_account, transfer
+        self._note(transfer)
 
     def _pending(self, hold_id: str) -> Hold:
         hold = self.holds.get(hold_id)
@@ -252,21 +288,22 @@ class Books:
             raise HoldError(f"hold {hold_id} ended before: {hold.state}")
         return hold
 
-    def _end_hold(self, ended: Hold) -> Hold:
-        account = self.accounts[ended.account_id]
-        held = account.held_pico - ended.amount_pico
-        assert held >= 0, f"{account.account_id} would hold {held}"
-        self._put_account(replace(account, held_pico=held))
-        self._put_hold(ended)
+    def _end_hold(self, hold_id: str, state: HoldState) -> Hold:
+        hold = self._pending(hold_id)
+        self._hold_money(hold.account_id, -hold.left_pico)
+        ended = replace(hold, state=state)
+        self.holds[hold_id] = ended
         return ended
 
-    def _put_account(self, account: Account) -> None:
-        self.accounts[account.account_id] = account
-        self.changed_accounts.add(account.account_id)
+    def _hold_money(self, account_id: str, amount_pico: int) -> None:
+        account = self.accounts[account_id]
+        held = account.held_pico + amount_pico
+        assert held >= 0, f"{account_id} would hold {held}"
+        self.accounts[account_id] = replace(account, held_pico=held)
 
-    def _put_hold(self, hold: Hold) -> None:
-        self.holds[hold.request.hold_id] = hold
-        self.changed_holds.add(hold.request.hold_id)
+    def _note(self, transfer: Transfer) -> None:
+        self.transfers[transfer.transfer_id] = transfer
+        self.new_transfers.append(transfer)
 
 
 def _overdrawn(account: Account) -> bool:
@@ -277,11 +314,21 @@ def chart_of_accounts(currency: str) -> tuple[Account, ...]:
     """The market's own accounts, present from the start."""
     return (
         Account(CASH, Side.DEBIT, may_overdraw=False, currency=currency),
-        Account(FEES, Side.CREDIT, may_overdraw=False, currency=currency),
+        Account(FEES, Side.CREDIT, may_overdraw=True, currency=currency),
         Account(SUSPENSE, Side.CREDIT, may_overdraw=True, currency=currency),
+        *provider_accounts(MARKET_PROVIDER, currency),
     )
 
 
 def prepaid_account(account_id: str, currency: str) -> Account:
-    """A tenant's or provider's account: the market owes its balance and never lends."""
+    """A tenant's account: the market owes its balance and never lends."""
     return Account(account_id, Side.CREDIT, may_overdraw=False, currency=currency)
+
+
+def provider_accounts(provider_id: str, currency: str) -> tuple[Account, Account]:
+    """Payable and settled. A refund after a settlement may take both below zero until the next."""
+    payable, settled = provider_account(provider_id), settled_account(provider_id)
+    return (
+        Account(payable, Side.CREDIT, may_overdraw=True, currency=currency),
+        Account(settled, Side.CREDIT, may_overdraw=True, currency=currency),
+    )

@@ -3,12 +3,25 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from market.errors import InvalidRequest
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+DEFAULT_FEE_BPS = 1000
+DEFAULT_ISSUER = "Compute Market"
+
+
+class UsageSync(StrEnum):
+    """What an answer's end waits for: its record written (survives kill -9), synced to the
+    gateway's disk (survives a power cut there), or committed by the ledger.
+    """
+
+    SPOOL = "spool"
+    FSYNC = "fsync"
+    ACK = "ack"
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,19 +31,35 @@ class Config:
     home: Path
     url: str
     database_url: str | None = None
+    fee_bps: int = DEFAULT_FEE_BPS
+    issuer: str = DEFAULT_ISSUER
+    usage_sync: UsageSync = UsageSync.SPOOL
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> "Config":
-        """Read MARKET_HOME, MARKET_URL and MARKET_DATABASE_URL.
+        """Read the MARKET_* variables of the README's table.
 
-        Raises InvalidRequest if MARKET_URL is no http address.
+        Raises InvalidRequest, naming the variable, if one makes no sense.
         """
         home = Path(environ.get("MARKET_HOME") or Path.home() / ".market").expanduser().absolute()
         url = (environ.get("MARKET_URL") or DEFAULT_URL).rstrip("/")
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InvalidRequest(f"MARKET_URL={url!r} is no address such as {DEFAULT_URL}")
-        return cls(home, url, environ.get("MARKET_DATABASE_URL") or None)
+        fee = environ.get("MARKET_FEE_BPS") or str(DEFAULT_FEE_BPS)
+        if not fee.isdigit() or int(fee) > 10_000:
+            raise InvalidRequest(f"MARKET_FEE_BPS={fee!r}: basis points from 0 to 10000, e.g. 1000")
+        sync = environ.get("MARKET_USAGE_SYNC") or UsageSync.SPOOL
+        if sync not in list(UsageSync):
+            raise InvalidRequest(f"MARKET_USAGE_SYNC={sync!r}: choose from {', '.join(UsageSync)}")
+        return cls(
+            home,
+            url,
+            environ.get("MARKET_DATABASE_URL") or None,
+            int(fee),
+            environ.get("MARKET_ISSUER") or DEFAULT_ISSUER,
+            UsageSync(sync),
+        )
 
     @property
     def http_host(self) -> str:
@@ -57,6 +86,26 @@ class Config:
     def ledger_dir(self) -> Path:
         """The public ledgers: only finished Parquet files."""
         return self.home / "ledger"
+
+    @property
+    def proof_dir(self) -> Path:
+        """Signed checkpoints of the ledgers and the public key that checks them."""
+        return self.home / "proof"
+
+    @property
+    def statements_dir(self) -> Path:
+        """Settlements and statements by period."""
+        return self.home / "statements"
+
+    @property
+    def spool_dir(self) -> Path:
+        """Usage records on their way from this machine's gateways to the ledger."""
+        return self.state_dir / "spool"
+
+    @property
+    def signing_key_file(self) -> Path:
+        """The ledger's Ed25519 key, mode 0600."""
+        return self.state_dir / "ledger-signing.key"
 
     @property
     def models_dir(self) -> Path:

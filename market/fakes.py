@@ -1,8 +1,9 @@
 """A fake for each port: small, exact, and held to the same contract tests as the real ones."""
 
 import asyncio
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from market import accounts as rules
@@ -117,8 +118,8 @@ class MemoryLedger:
 
     def __init__(self, clock: FakeClock) -> None:
         self._clock = clock
-        self._books = Books(rules.chart_of_accounts(CURRENCY))
-        self._cards: dict[str, RateCard] = {}
+        self._books = Books({a.account_id: a for a in rules.chart_of_accounts(CURRENCY)})
+        self._cards = {pricing.NO_PRICE.price_id: pricing.NO_PRICE}
         self._producers: dict[str, tuple[int, int]] = {}
         self.records: list[UsageRecord] = []
 
@@ -128,9 +129,10 @@ class MemoryLedger:
         return self._books.open_account(account)
 
     async def create_provider(self, provider_id: str) -> bool:
-        """Make a provider's account."""
-        account = rules.prepaid_account(rules.provider_account(provider_id), CURRENCY)
-        return self._books.open_account(account)
+        """Make a provider's accounts."""
+        accounts = rules.provider_accounts(provider_id, CURRENCY)
+        created = [self._books.open_account(account) for account in accounts]
+        return all(created)
 
     async def add_rate_cards(self, cards: list[RateCard], only_new_models: bool) -> None:
         """Add prices."""
@@ -172,7 +174,11 @@ class MemoryLedger:
         epoch = self._producers.get(producer, (0, 0))[0] + 1
         self._producers[producer] = (epoch, 0)
         for hold in await self.open_holds():
-            if hold.request.producer == producer:
+            if hold.request.producer != producer:
+                continue
+            if hold.request.shared:
+                self._books.expire_hold(hold.request.hold_id)
+            else:
                 self._book(
                     UsageRecord.for_hold(
                         hold.request,
@@ -185,6 +191,15 @@ class MemoryLedger:
                 )
         return epoch
 
+    async def end_hold(self, producer: str, epoch: int, hold_id: str) -> None:
+        """Give back what is left of a shared hold."""
+        self._check_epoch(producer, epoch)
+        hold = self._books.holds.get(hold_id)
+        if hold is None or hold.request.producer != producer or not hold.request.shared:
+            raise InvalidRequest(f"{producer} has no shared hold {hold_id}")
+        if hold.state is HoldState.PENDING:
+            self._books.void_hold(hold_id)
+
     async def append_records(
         self, producer: str, epoch: int, first_seq: int, records: Sequence[UsageRecord]
     ) -> int:
@@ -196,6 +211,7 @@ class MemoryLedger:
         fresh = records[next_seq - first_seq :]
         for record in fresh:
             self._check_charge(record)
+        self._check_holds(fresh)
         for record in fresh:
             self._book(record)
         next_seq = max(next_seq, first_seq + len(records))
@@ -215,9 +231,31 @@ class MemoryLedger:
         if record.charge_pico != pricing.charge(counts, card, record.finish_reason, record.lane):
             raise InvalidRequest(f"charge does not follow from {card.price_id}")
 
+    def _check_holds(self, records: Sequence[UsageRecord]) -> None:
+        drawn: dict[str, int] = defaultdict(int)
+        for record in records:
+            if record.slice_id is not None:
+                drawn[record.slice_id] += record.charge_pico
+        for hold_id, amount_pico in drawn.items():
+            hold = self._books.holds.get(hold_id)
+            if hold is not None and amount_pico > hold.left_pico:
+                raise InvalidRequest(f"hold {hold_id} has only {hold.left_pico} left")
+        for record in records:
+            if record.request_id is not None:
+                self._check_hold(record)
+
+    def _check_hold(self, record: UsageRecord) -> None:
+        hold_id = record.slice_id or record.request_id or ""
+        hold = self._books.holds.get(hold_id)
+        if hold is None or hold.request.tenant_id != record.tenant_id:
+            raise InvalidRequest(f"hold {hold_id} is unknown or not of {record.tenant_id}")
+
     def _book(self, record: UsageRecord) -> None:
-        assert record.request_id is not None
-        if record.usage_quality is UsageQuality.RECOVERED:
+        if record.request_id is None:
+            pass
+        elif record.slice_id is not None:
+            self._books.draw_hold(record.slice_id, record.charge_pico)
+        elif record.usage_quality is UsageQuality.RECOVERED:
             self._books.expire_hold(record.request_id)
         elif record.charge_pico == 0:
             self._books.void_hold(record.request_id)
@@ -249,8 +287,8 @@ class DirectSink:
         self._ledger = ledger
         self._producer = producer
         self._epoch = 0
-        self._next_seq = 0
         self._requests = 0
+        self._next_seq = 0
 
     async def start(self) -> None:
         """Take an epoch."""
@@ -267,8 +305,7 @@ class DirectSink:
 
     async def record(self, record: UsageRecord) -> UsageRecord:
         """Book it."""
-        numbered = replace(record, seq=self._next_seq)
         self._next_seq = await self._ledger.append_records(
-            self._producer, self._epoch, self._next_seq, [numbered]
+            self._producer, self._epoch, self._next_seq, [record]
         )
-        return numbered
+        return record

@@ -336,7 +336,7 @@ def make_record(
     finished_at: datetime,
     finished_s: float,
 ) -> UsageRecord:
-    """The usage record of a request that has ended (``seq`` is given by the sink)."""
+    """The usage record of a request that has ended."""
     request, counts = admission.hold.request, meter.counts
     return UsageRecord.for_hold(
         request,

@@ -43,7 +43,10 @@ class UsageSink(Protocol):
     """Where finished requests are recorded. The sink numbers them."""
 
     def identity(self) -> tuple[str, int]:
-        """(producer, epoch) under which records are written."""
+        """(producer, epoch) under which records are written.
+
+        Raises Overloaded while too many records wait for the ledger.
+        """
         ...
 
     def next_request_id(self) -> str:
@@ -51,7 +54,7 @@ class UsageSink(Protocol):
         ...
 
     async def record(self, record: UsageRecord) -> UsageRecord:
-        """Durably record; returns the record with its sequence number once it is committed."""
+        """Record durably; returns the record once it cannot be lost any more."""
         ...
 
 

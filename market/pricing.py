@@ -9,12 +9,16 @@ from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation, localcontext
 
 from market.errors import InvalidRequest
-from market.types import FinishReason, Lane, RateCard, TokenCounts
+from market.types import CURRENCY, FinishReason, Lane, RateCard, TokenCounts
 
 PICO = 10**12
 TOKENS_PER_PRICE = 10**6
 MAX_DECIMALS = 6
+GPU_US_PER_HOUR = 3_600 * 10**6
 FIRST_BLOCK_TOKENS = 256
+
+# The price of records that sell nothing: corrections, and what stands for a refused record.
+NO_PRICE = RateCard("none", "", 0, 0, 0, CURRENCY, datetime(1970, 1, 1, tzinfo=UTC))
 
 _BILLED = frozenset(
     {FinishReason.STOP, FinishReason.LENGTH, FinishReason.TOOL_CALLS, FinishReason.BUDGET}
@@ -77,12 +81,13 @@ def make_rate_card(
     prices: tuple[int, int, int],
     valid_from: datetime,
     currency: str,
+    gpu_hour_pico: int = 0,
 ) -> RateCard:
     """A rate card whose id is a hash of its content; ``prices`` = (input, cached, output)."""
     when = valid_from.astimezone(UTC).isoformat()
-    content = "\n".join((model, *map(str, prices), currency, when))
+    content = "\n".join((model, *map(str, prices), currency, when, str(gpu_hour_pico)))
     digest = hashlib.sha256(content.encode()).hexdigest()[:16]
-    return RateCard(f"price-{digest}", model, *prices, currency, valid_from)
+    return RateCard(f"price-{digest}", model, *prices, currency, valid_from, gpu_hour_pico)
 
 
 def token_cost(counts: TokenCounts, card: RateCard) -> int:
@@ -115,6 +120,27 @@ def charge(
     if lane is Lane.LEASE or not is_billed(finish_reason, counts.output_tokens):
         return 0
     return token_cost(counts, card)
+
+
+def gpu_charge(before_us: int, segment_us: int, card: RateCard) -> int:
+    """Charge of a lease's next segment after ``before_us`` micro-GPU-seconds of it, in pico units.
+
+    The floor of the cumulative price less the floor before: the segments' sum is exact to the
+    last digit however the time is cut. Raises ValueError on negative times.
+    """
+    if before_us < 0 or segment_us < 0:
+        raise ValueError(f"impossible GPU time: {before_us} + {segment_us}")
+
+    def until(gpu_us: int) -> int:
+        return gpu_us * card.gpu_hour_pico // GPU_US_PER_HOUR
+
+    return until(before_us + segment_us) - until(before_us)
+
+
+def fee(charge_pico: int, fee_bps: int) -> int:
+    """The market's share of a settlement line, rounded half-even to a pico unit."""
+    whole, rest = divmod(charge_pico * fee_bps, 10_000)
+    return whole + (rest > 5_000 or (rest == 5_000 and whole % 2 == 1))
 
 
 def ceiling(input_tokens: int, output_tokens: int, card: RateCard) -> int:

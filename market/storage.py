@@ -1,20 +1,20 @@
 """SQL for a single writer: one connection, one transaction per group of commands, exact money."""
 
 import contextlib
-import copy
 import fcntl
 import os
+import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import psutil
 from sqlalchemy import (
     BigInteger,
     Connection,
     Engine,
-    MetaData,
     Numeric,
     Table,
     Text,
@@ -30,21 +30,30 @@ from sqlalchemy.types import TypeDecorator, TypeEngine
 from market.errors import MarketFault
 
 LOCK_POLL_S = 0.05
+POSTGRESQL_DISK_FULL = "53100"
+MIGRATIONS = Path(__file__).parent / "migrations"
+NETWORK_FILE_SYSTEMS = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "glusterfs", "lustre", "beegfs"}
+    | {"sshfs", "s3fs", "gcsfuse", "blobfuse", "blobfuse2", "goofys", "rclone", "davfs"}
+)
 
 Command = Callable[[Connection], Any]
 
 
-def connect(url: str, metadata: MetaData) -> Engine:
-    """An engine with exactly one connection and the tables in place.
+def connect(url: str, migrations: str) -> Engine:
+    """An engine with exactly one connection and the tables as ``migrations`` makes them.
 
-    Raises MarketFault if the database cannot be opened, e.g. because another process has it.
-    SQLite runs in WAL mode with full sync and an exclusive lock: versions before 3.51.3 corrupt
-    the file when two connections checkpoint at once, and money must survive a power cut.
+    ``migrations`` is the name of a folder of market/migrations. Raises MarketFault if the database
+    cannot be opened, e.g. because another process has it, or if its tables are newer than this
+    program. SQLite runs in WAL mode with full sync and an exclusive lock: versions before 3.51.3
+    corrupt the file when two connections checkpoint at once, and money must survive a power cut.
     """
     parsed = make_url(url)
     if parsed.get_backend_name() == "sqlite":
         if parsed.database:
-            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+            folder = Path(parsed.database).parent
+            folder.mkdir(parents=True, exist_ok=True)
+            refuse_network_file_system(folder)
         engine = create_engine(
             parsed, poolclass=StaticPool, connect_args={"check_same_thread": False, "timeout": 10}
         )
@@ -53,11 +62,47 @@ def connect(url: str, metadata: MetaData) -> Engine:
     else:
         engine = create_engine(parsed, pool_size=1, max_overflow=0)
     try:
-        metadata.create_all(engine)
+        migrate(engine, migrations)
     except OperationalError as error:
         engine.dispose()
         raise MarketFault(f"cannot open {parsed.render_as_string()}: {error.orig}") from None
+    except MarketFault:
+        engine.dispose()
+        raise
     return engine
+
+
+def migrate(engine: Engine, migrations: str) -> None:
+    """Bring the tables to the newest revision of ``market/migrations/<migrations>``."""
+    from alembic import command
+    from alembic.config import Config
+    from alembic.script.revision import ResolutionError
+    from alembic.util import CommandError
+
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS / migrations))
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        config.attributes["version_table"] = f"{migrations}_version"
+        try:
+            command.upgrade(config, "head")
+        except (CommandError, ResolutionError) as error:
+            raise MarketFault(
+                f"cannot migrate the {migrations} tables: {error}; did a newer version make them?"
+            ) from error
+
+
+def refuse_network_file_system(folder: Path) -> None:
+    """Raises MarketFault if ``folder`` is on NFS or the like: locks and WAL do not hold there."""
+    mounts = psutil.disk_partitions(all=True)
+    resolved = folder.resolve()
+    holding = [m for m in mounts if resolved.is_relative_to(m.mountpoint)]
+    mount = max(holding, key=lambda m: len(m.mountpoint), default=None)
+    if mount is not None and mount.fstype.removeprefix("fuse.") in NETWORK_FILE_SYSTEMS:
+        raise MarketFault(
+            f"{folder} is on {mount.fstype}, where the ledger's locks and syncs do not hold; set "
+            "MARKET_HOME to a local disk, or MARKET_DATABASE_URL to a PostgreSQL server"
+        )
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:
@@ -76,28 +121,75 @@ def _begin_immediate(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-def run_group(engine: Engine, state: Any, commands: Sequence[Command]) -> list[Any]:
+class Unit(Protocol):
+    """State in memory that goes with a transaction."""
+
+    def begin(self, connection: Connection) -> None:
+        """Before the first command."""
+        ...
+
+    def end(self, connection: Connection) -> None:
+        """After the last command, before the commit."""
+        ...
+
+    def forget(self) -> None:
+        """The transaction failed: what memory says may be wrong."""
+        ...
+
+
+class Stateless:
+    """A Unit with nothing in memory."""
+
+    def begin(self, connection: Connection) -> None:
+        """Nothing to do."""
+
+    def end(self, connection: Connection) -> None:
+        """Nothing to do."""
+
+    def forget(self) -> None:
+        """Nothing to do."""
+
+
+class StorageFull(Exception):
+    """The disk has no room; the transaction was undone as a whole."""
+
+
+def run_group(engine: Engine, unit: Unit, commands: Sequence[Command]) -> list[Any]:
     """Run commands in one transaction; results in order, an exception in place of a refusal.
 
-    A command that raises is undone alone, ``state`` (counters kept in memory) with it: one bad
-    request must not take the others down. What SQL itself raises is not caught: after a failed
-    write or commit nothing in memory can be trusted, and the process has to end.
+    A command that raises is undone alone: one bad request must not take the others down. What SQL
+    itself raises is not caught: after a failed write or commit the process has to end. The one
+    exception is a full disk, noticed before the commit: StorageFull, nothing is done.
     """
     results: list[Any] = []
-    with engine.begin() as connection:
-        for command in commands:
-            before = copy.copy(vars(state))
-            savepoint = connection.begin_nested()
-            try:
-                results.append(command(connection))
-                savepoint.commit()
-            except SQLAlchemyError:
-                raise
-            except Exception as error:  # noqa: BLE001  # handed to the one who asked
-                savepoint.rollback()
-                vars(state).update(before)
-                results.append(error)
+    try:
+        with engine.begin() as connection:
+            unit.begin(connection)
+            for command in commands:
+                connection.exec_driver_sql("SAVEPOINT command")
+                try:
+                    results.append(command(connection))
+                except SQLAlchemyError:
+                    raise
+                except Exception as error:  # noqa: BLE001  # handed to the one who asked
+                    connection.exec_driver_sql("ROLLBACK TO SAVEPOINT command")
+                    results.append(error)
+                connection.exec_driver_sql("RELEASE SAVEPOINT command")
+            unit.end(connection)
+    except BaseException as error:
+        unit.forget()
+        if _is_full(error):
+            raise StorageFull(str(error)) from error
+        raise
     return results
+
+
+def _is_full(error: BaseException) -> bool:
+    cause = getattr(error, "orig", None)
+    return (
+        getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+        or getattr(cause, "sqlstate", None) == POSTGRESQL_DISK_FULL
+    )
 
 
 @contextlib.contextmanager

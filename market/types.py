@@ -3,10 +3,12 @@
 Money is an integer of pico units (10^-12 of the currency) everywhere inside the market.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
+
+import msgspec
 
 CURRENCY = "USD"
 
@@ -76,9 +78,10 @@ class Principal:
 
 @dataclass(frozen=True, slots=True)
 class RateCard:
-    """Dated token prices of one model, in pico units per token (exact for <= 6 decimals per 1M).
+    """Dated prices: pico units per token (exact for <= 6 decimals per 1M) and per GPU-hour.
 
     ``price_id`` is a hash of the content, so an id can never come to mean another price.
+    ``model`` is what is priced: a model, or an offer whose GPU time is sold.
     """
 
     price_id: str
@@ -88,6 +91,7 @@ class RateCard:
     output_pico: int
     currency: str
     valid_from: datetime
+    gpu_hour_pico: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +174,11 @@ class RouteTable:
 
 @dataclass(frozen=True, slots=True)
 class HoldRequest:
-    """Money to set aside for one request: ``wanted_pico``, or as much as there is from
-    ``minimum_pico`` on. The other fields are what a record needs if the gateway dies.
+    """Money to set aside: ``wanted_pico``, or as much as there is from ``minimum_pico`` on.
+
+    ``shared``: many records draw on it (a token slice, a lease's hour) and name it as their
+    ``slice_id``; otherwise it is for one request, whose record ends it. The other fields are what
+    that record needs if the gateway dies.
     """
 
     hold_id: str
@@ -191,18 +198,17 @@ class HoldRequest:
     price_id: str
     currency: str
     started_at: datetime
+    shared: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class UsageRecord:
-    """One row of the usage ledger as its producer writes it (the ledger adds lsn, booked_at).
+class UsageRecord(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """One row of the usage ledger as its producer writes it.
 
-    ``charge_pico`` is signed. Durations are milliseconds of a monotonic clock.
+    Its identity (producer, epoch, seq) is that of the batch and the place in it; the ledger adds
+    lsn and booked_at. ``charge_pico`` is signed. Durations are milliseconds of a monotonic clock.
+    A msgspec Struct, because one is made, spooled and encoded for every request.
     """
 
-    producer: str
-    epoch: int
-    seq: int
     kind: RecordKind
     request_id: str | None
     tenant_id: str
@@ -212,8 +218,8 @@ class UsageRecord:
     deployment_id: str | None
     provider_id: str
     node_id: str | None
-    gpu_type: str
-    gpu_milli: int
+    gpu_type: str | None
+    gpu_milli: int | None
     started_at: datetime
     finished_at: datetime
     input_tokens: int
@@ -233,15 +239,12 @@ class UsageRecord:
     lease_id: str | None = None
     slice_id: str | None = None
     gpu_us: int | None = None
-    attrs: tuple[tuple[str, str], ...] = field(default=())
+    attrs: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def for_hold(cls, hold: HoldRequest, *, counts: TokenCounts, **ending: Any) -> "UsageRecord":
         """The record that ends ``hold``; ``ending`` are the fields only its end decides."""
         return cls(
-            producer=hold.producer,
-            epoch=hold.epoch,
-            seq=-1,
             kind=RecordKind.TOKENS,
             request_id=hold.hold_id,
             tenant_id=hold.tenant_id,
@@ -261,10 +264,6 @@ class UsageRecord:
             output_tokens=counts.output_tokens,
             **ending,
         )
-
-    def emitted_by(self, producer: str, epoch: int, seq: int) -> "UsageRecord":
-        """The same record with the identity under which it is sent."""
-        return replace(self, producer=producer, epoch=epoch, seq=seq)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ class Gateway:
     async def __init__(self, config: Config) -> None:  # type: ignore[misc]  # Serve awaits it
         ledger, scheduler = bootstrap.ledger_client(), bootstrap.scheduler_client()
         clock = SystemClock()
-        self._producer = Producer(ledger, PRODUCER)
+        self._producer = Producer(ledger, PRODUCER, config.spool_dir, config.usage_sync)
         await self._producer.start()
         routes = LiveRoutes(config, scheduler, ledger, serve.get_app_handle)
         self._inference = Inference(clock, ledger, self._producer, routes)

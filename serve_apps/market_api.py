@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from market import accounts, catalog, pricing
 from market.accounts import Account, Transfer, TransferKind, tenant_account
 from market.errors import InvalidRequest
+from market.ledger.reports import UsageQuery
 from market.keys import hash_key, key_id, new_key
 from market.types import CURRENCY, Deployment, Offer, Principal, Role
 from serve_apps.auth import require_operator, require_subject
@@ -224,7 +225,8 @@ async def usage(
         tenant = caller.subject_id if tenant is None else tenant
         require_subject(caller, tenant)
     groups = [part.strip() for part in by.split(",") if part.strip()]
-    rows = await services.ledger.usage(groups, tenant)
+    query = UsageQuery(by=tuple(groups), tenant=tenant)
+    rows = await services.ledger.usage(query)
     return [
         row
         | {"charge": format(row["charge"], "f")}

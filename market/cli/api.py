@@ -80,11 +80,3 @@ def tenant_key(config: Config) -> str:
         raise InvalidKey(
             "no tenant key: set MARKET_API_KEY, or run: market keys create --tenant NAME"
         ) from None
-
-
-def write_secret(path: os.PathLike[str], text: str) -> None:
-    """Write a file that only its owner may read."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        os.fchmod(descriptor, 0o600)
-        file.write(text + "\n")

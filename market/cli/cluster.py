@@ -14,10 +14,9 @@ def register(app: typer.Typer) -> None:
 
 def up(output: OutputOption = Output.TABLE) -> None:
     """Start the market on this machine (again is harmless)."""
-    from market.cli.api import write_secret
     from market.cluster.node import enter_environment
     from market.config import Config
-    from market.keys import hash_key, key_id, new_key
+    from market.keys import hash_key, key_id, new_key, write_secret
 
     config = Config.from_env()
     enter_environment(config.state_dir)

@@ -18,8 +18,9 @@ def create(
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Make a key for a tenant. The secret is shown now and never again."""
-    from market.cli.api import request, write_secret
+    from market.cli.api import request
     from market.config import Config
+    from market.keys import write_secret
 
     answer = request("POST", "/keys", json={"tenant_id": tenant})
     config = Config.from_env()

@@ -132,6 +132,7 @@ def add_rate_card(connection: Connection, card: RateCard) -> None:
             output_pico=card.output_pico,
             currency=card.currency,
             valid_from=card.valid_from,
+            gpu_hour_pico=card.gpu_hour_pico,
         )
     )
 
@@ -140,6 +141,11 @@ def rate_cards_by_id(connection: Connection, price_ids: set[str]) -> dict[str, R
     """The cards with these ids; unknown ids are left out."""
     query = select(tables.rate_cards).where(tables.rate_cards.c.price_id.in_(sorted(price_ids)))
     return {row.price_id: _rate_card(row) for row in connection.execute(query)}
+
+
+def all_rate_cards(connection: Connection) -> dict[str, RateCard]:
+    """Every card there ever was, by id."""
+    return {row.price_id: _rate_card(row) for row in connection.execute(select(tables.rate_cards))}
 
 
 def rate_card(connection: Connection, model: str, now: datetime) -> RateCard | None:

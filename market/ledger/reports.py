@@ -1,13 +1,17 @@
-"""Sums over the usage ledger: published files plus the rows that are in none of them yet."""
+"""Questions to the usage ledger, answered by DuckDB over an exact snapshot."""
 
+import re
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import duckdb
 import pyarrow as pa
+from sqlalchemy import Row
 
 from market.errors import InvalidRequest
+from market.ledger.manifest import KEYS, SCHEMAS, Dataset, entries_table
+from market.ledger.snapshot import Snapshot
 
 GROUPS = {
     "model": "model",
@@ -16,45 +20,130 @@ GROUPS = {
     "lane": "lane",
     "provider": "provider_id",
     "day": "CAST(booked_at AT TIME ZONE 'UTC' AS DATE)",
+    "hour": "date_trunc('hour', booked_at AT TIME ZONE 'UTC')",
     "reason": "finish_reason",
+    "kind": "kind",
+    "deployment": "deployment_id",
+    "lease": "lease_id",
 }
-_COLUMNS = (
-    "booked_at, tenant_id, api_key_id, model, lane, provider_id, finish_reason, "
-    "input_tokens, cached_input_tokens, output_tokens, charge, currency"
+BUCKETS = {"1m": 60, "1h": 3600, "1d": 86_400}
+BUCKET_GROUPS = {"model": "model", "api_key_id": "api_key_id", "project_id": "tenant_id"}
+BUCKETS_MAX = 1440
+
+_SUMS = (
+    "count(*) FILTER (kind = 'tokens') AS requests, "
+    "CAST(coalesce(sum(input_tokens), 0) AS BIGINT) AS input_tokens, "
+    "CAST(coalesce(sum(cached_input_tokens), 0) AS BIGINT) AS cached_input_tokens, "
+    "CAST(coalesce(sum(output_tokens), 0) AS BIGINT) AS output_tokens, "
+    "CAST(coalesce(sum(gpu_us), 0) AS BIGINT) AS gpu_us, "
+    "coalesce(sum(charge), 0) AS charge, currency "
+)
+_WHERE = (
+    "WHERE ($tenant IS NULL OR tenant_id = $tenant) AND ($model IS NULL OR model = $model) "
+    "AND ($since IS NULL OR booked_at >= $since) AND ($until IS NULL OR booked_at < $until) "
 )
 
 
-def usage(
-    files: Sequence[Path], live: pa.Table, by: Sequence[str], tenant_id: str | None
-) -> list[dict[str, Any]]:
-    """Requests, tokens and charge per group, largest charge first.
+@dataclass(frozen=True, slots=True)
+class UsageQuery:
+    """Which rows to sum, [since, until) by booking time, and by what."""
 
-    Raises InvalidRequest for a group that does not exist.
-    """
-    unknown = [name for name in by if name not in GROUPS]
+    by: tuple[str, ...] = ("model",)
+    tenant: str | None = None
+    model: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.by if name not in GROUPS]
+        if unknown:
+            raise InvalidRequest(
+                f"cannot group usage by {unknown[0]!r}; choose from {', '.join(GROUPS)}", param="by"
+            )
+
+    def parameters(self) -> dict[str, Any]:
+        """Values of the conditions."""
+        return {
+            "tenant": self.tenant,
+            "model": self.model,
+            "since": self.since,
+            "until": self.until,
+        }
+
+
+def usage(snapshot: Snapshot, query: UsageQuery) -> list[dict[str, Any]]:
+    """Requests, tokens, GPU time and charge per group, largest charge first."""
+    groups = "".join(f'{GROUPS[name]} AS "{name}", ' for name in query.by)
+    sql = f"SELECT {groups} {_SUMS} FROM usage {_WHERE} GROUP BY ALL"
+    rows = _rows(snapshot, sql, query.parameters())
+    return sorted(rows, key=lambda row: (-row["charge"], [str(row[name]) for name in query.by]))
+
+
+def buckets(
+    snapshot: Snapshot, query: UsageQuery, width: str, groups: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Sums per bucket of ``width`` (1m, 1h, 1d) and group; ``start_time`` in Unix seconds."""
+    if width not in BUCKETS:
+        raise InvalidRequest(f"bucket_width {width!r}: choose from {', '.join(BUCKETS)}")
+    unknown = [name for name in groups if name not in BUCKET_GROUPS]
     if unknown:
         raise InvalidRequest(
-            f"cannot group usage by {unknown[0]!r}; choose from {', '.join(GROUPS)}", param="by"
+            f"cannot group_by {unknown[0]!r}; choose from {', '.join(BUCKET_GROUPS)}"
         )
-    groups = "".join(f'{GROUPS[name]} AS "{name}", ' for name in by)
-    sources = [f"SELECT {_COLUMNS} FROM live"]
-    if files:
-        sources.append(f"SELECT {_COLUMNS} FROM read_parquet($files)")
-    query = (
-        f"SELECT {groups} count(*) AS requests, "
-        "CAST(coalesce(sum(input_tokens), 0) AS BIGINT) AS input_tokens, "
-        "CAST(coalesce(sum(cached_input_tokens), 0) AS BIGINT) AS cached_input_tokens, "
-        "CAST(coalesce(sum(output_tokens), 0) AS BIGINT) AS output_tokens, "
-        "coalesce(sum(charge), 0) AS charge, currency "
-        f"FROM ({' UNION ALL '.join(sources)}) "
-        "WHERE $tenant IS NULL OR tenant_id = $tenant "
-        "GROUP BY ALL ORDER BY charge DESC, requests DESC"
-    )
-    parameters: dict[str, Any] = {"tenant": tenant_id}
-    if files:
-        parameters["files"] = [str(file) for file in files]
-    with duckdb.connect(config={"threads": 2}) as connection:
-        connection.register("live", live)
-        cursor = connection.execute(query, parameters)
+    step = BUCKETS[width]
+    columns = "".join(f'{BUCKET_GROUPS[name]} AS "{name}", ' for name in groups)
+    start = f"CAST(epoch_us(booked_at) // 1000000 // {step} * {step} AS BIGINT) AS start_time"
+    sql = f"SELECT {start}, {columns} {_SUMS} FROM usage {_WHERE} GROUP BY ALL ORDER BY ALL"
+    return _rows(snapshot, sql, query.parameters())
+
+
+def rows_of_request(snapshot: Snapshot, request_id: str) -> list[dict[str, Any]]:
+    """A request's rows, first its own and then what was taken back of it."""
+    sql = "SELECT * FROM usage WHERE request_id = $request_id ORDER BY lsn"
+    return _rows(snapshot, sql, {"request_id": request_id})
+
+
+def live_stream(dataset: Dataset, entries: Sequence[Row[Any]], after: int) -> bytes:
+    """Rows of journal entries beyond ``after`` as an Arrow IPC stream."""
+    table = entries_table(dataset, entries) if entries else SCHEMAS[dataset].empty_table()
+    keys = table.column(KEYS[dataset]).to_pylist()
+    fresh = table.slice(sum(key <= after for key in keys))
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, SCHEMAS[dataset]) as stream:
+        stream.write_table(fresh)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def parse_when(text: str, now: datetime, what: str) -> datetime:
+    """A moment as people write it: 7d, 24h, 30m (before now), a date or an ISO time (UTC).
+
+    Raises InvalidRequest.
+    """
+    ago = re.fullmatch(r"(\d{1,6})([dhm])", text)
+    if ago:
+        unit = {"d": "days", "h": "hours", "m": "minutes"}[ago.group(2)]
+        return now - timedelta(**{unit: int(ago.group(1))})
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise InvalidRequest(
+            f"{what}: {text!r} is no time; use 7d, 24h, 30m, 2026-11-01 or 2026-11-01T12:00:00Z"
+        ) from None
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+
+
+def parse_period(text: str) -> tuple[datetime, datetime]:
+    """[start, end) of a calendar month such as 2026-11, UTC. Raises InvalidRequest."""
+    if not re.fullmatch(r"\d{4}-(0[1-9]|1[0-2])", text) or text.startswith("0000"):
+        raise InvalidRequest(f"period {text!r} is no month; use for example 2026-11")
+    year, month = int(text[:4]), int(text[5:])
+    start = datetime(year, month, 1, tzinfo=UTC)
+    end = datetime(year + month // 12, month % 12 + 1, 1, tzinfo=UTC)
+    return start, end
+
+
+def _rows(snapshot: Snapshot, sql: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    with snapshot.connect() as connection:
+        cursor = connection.execute(sql, parameters)
         names = [column[0] for column in cursor.description or []]
         return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]

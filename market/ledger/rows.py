@@ -1,4 +1,4 @@
-"""Rows of the books as values and back: accounts, holds, transfers."""
+"""Rows of the books as values and back: accounts and holds."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -7,29 +7,14 @@ from datetime import datetime
 
 from sqlalchemy import Connection, Row, Table, select
 
-from market.accounts import Account, Books, Hold, HoldState, Side, Transfer, TransferKind
-from market.ledger import tables
+from market.accounts import Account, Hold, HoldState, Side
 from market.types import HoldRequest, Lane
 
 
-def load_books(
-    connection: Connection,
-    account_ids: Iterable[str] = (),
-    hold_ids: Iterable[str] = (),
-    transfer_ids: Iterable[str] = (),
-) -> Books:
-    """The accounts, holds and transfers with these ids, those that exist."""
-    account_rows = _rows_by_key(connection, tables.accounts, "account_id", account_ids)
-    hold_rows = _rows_by_key(connection, tables.holds, "hold_id", hold_ids)
-    transfer_rows = _rows_by_key(connection, tables.transfers, "transfer_id", transfer_ids)
-    return Books(
-        map(account_from, account_rows), map(hold_from, hold_rows), map(_transfer, transfer_rows)
-    )
-
-
-def _rows_by_key(
+def rows_by_key(
     connection: Connection, table: Table, key: str, values: Iterable[str]
 ) -> Sequence[Row[tuple[object, ...]]]:
+    """The rows whose ``key`` is one of ``values``, those that exist."""
     wanted = sorted(set(values))
     if not wanted:
         return []
@@ -69,9 +54,3 @@ def hold_from(row: Row[tuple[object, ...]]) -> Hold:
         HoldState(values["state"]),
         values["posted_pico"],
     )
-
-
-def _transfer(row: Row[tuple[object, ...]]) -> Transfer:
-    values = dict(row._mapping)
-    del values["tsn"], values["booked_at"]
-    return Transfer(**{**values, "kind": TransferKind(values["kind"])})

@@ -1,11 +1,12 @@
 """Arrow schemas of the ledgers and the batches that carry usage records to them."""
 
+import hashlib
 from collections.abc import Sequence
-from typing import Any
 
+import msgspec
 import pyarrow as pa
 
-from market.pricing import to_decimal
+from market.errors import InvalidRequest
 from market.types import UsageRecord
 
 MONEY = pa.decimal128(38, 12)
@@ -52,8 +53,10 @@ USAGE = pa.schema(
     ]
 )
 
-# What a producer sends: the ledger alone decides lsn and booking time.
-BATCH = pa.schema([field for field in USAGE if field.name not in ("lsn", "booked_at")])
+# What the ledger knows better: its own numbers, and the identity that the envelope carries.
+ENVELOPE = ("lsn", "booked_at", "producer", "epoch", "seq")
+# What a producer sends.
+BATCH = pa.schema([field for field in USAGE if field.name not in ENVELOPE])
 
 TRANSFERS = pa.schema(
     [
@@ -73,33 +76,61 @@ TRANSFERS = pa.schema(
 )
 
 
+# Bytes in front of every payload. Batches carry no schema of their own (it would outweigh a short
+# batch), so one of another version must be told by this.
+MAGICS = {
+    id(schema): hashlib.sha256(schema.serialize().to_pybytes()).digest()[:8]
+    for schema in (BATCH, TRANSFERS)
+}
+_PLACES = {name: place for place, name in enumerate(UsageRecord.__struct_fields__)}
+_CHARGE = _PLACES["charge_pico"]
+
+
 def encode_batch(records: Sequence[UsageRecord]) -> bytes:
-    """Usage records of one producer as an Arrow IPC stream of one batch."""
-    columns = [pa.array([_value(r, f.name) for r in records], type=f.type) for f in BATCH]
-    batch = pa.RecordBatch.from_arrays(columns, schema=BATCH)
-    return serialize(batch)
+    """Usage records of one producer, in sequence, as a payload for ``append``."""
+    values = list(zip(*map(msgspec.structs.astuple, records), strict=True))
+    columns = []
+    for field in BATCH:
+        if field.name == "charge":
+            columns.append(money_array(values[_CHARGE]))
+        elif field.name == "attrs":
+            attrs = [pairs or None for pairs in values[_PLACES["attrs"]]]
+            columns.append(pa.array(attrs, type=field.type))
+        else:
+            columns.append(pa.array(values[_PLACES[field.name]], type=field.type))
+    return encode(pa.RecordBatch.from_arrays(columns, schema=BATCH))
 
 
-def serialize(batch: pa.RecordBatch) -> bytes:
-    """One record batch as IPC bytes, as the journal keeps it."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, BATCH) as writer:
-        writer.write_batch(batch)
-    return bytes(sink.getvalue().to_pybytes())
+def encode(batch: pa.RecordBatch) -> bytes:
+    """One record batch of BATCH or TRANSFERS as bytes, without its schema."""
+    schema = BATCH if batch.num_columns == len(BATCH) else TRANSFERS
+    message: bytes = batch.serialize().to_pybytes()
+    return MAGICS[id(schema)] + message
 
 
-def decode_batch(payload: bytes) -> pa.RecordBatch:
-    """The batch in ``payload``. Raises ValueError if it is not of this version's schema."""
-    table = pa.ipc.open_stream(payload).read_all()
-    if table.schema != BATCH:
-        raise ValueError(f"usage batch has another schema: {table.schema}")
-    batches = table.combine_chunks().to_batches()
-    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=BATCH)
+def decode(payload: bytes, schema: pa.Schema) -> pa.RecordBatch:
+    """The batch in ``payload``. Raises InvalidRequest if it is damaged or of another version."""
+    if payload[:8] != MAGICS[id(schema)]:
+        raise InvalidRequest("a batch of another schema version: gateway and ledger must match")
+    try:
+        batch = pa.ipc.read_record_batch(pa.py_buffer(payload)[8:], schema)
+        batch.validate()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InvalidRequest(f"a damaged batch: {error}") from error
+    return batch
 
 
-def _value(record: UsageRecord, name: str) -> Any:
-    if name == "charge":
-        return to_decimal(record.charge_pico)
-    if name == "attrs":
-        return list(record.attrs)
-    return getattr(record, name)
+def money_array(picos: Sequence[int]) -> pa.Array:
+    """Pico units as decimal128(38, 12), without going through Decimal objects."""
+    words = b"".join([pico.to_bytes(16, "little", signed=True) for pico in picos])
+    return pa.Array.from_buffers(MONEY, len(picos), [None, pa.py_buffer(words)])
+
+
+def money_picos(column: pa.Array) -> list[int]:
+    """The reverse of ``money_array``."""
+    words = column.buffers()[1].to_pybytes()
+    first = column.offset
+    return [
+        int.from_bytes(words[16 * n : 16 * n + 16], "little", signed=True)
+        for n in range(first, first + len(column))
+    ]

@@ -1,38 +1,47 @@
-"""The ledger service: one writer thread, group commit, a loop that publishes.
+"""The ledger service: every public coroutine is one command.
 
-Thin: rules are in market.accounts, rows in store and registry, files in publisher. It knows
-nothing of Ray; in the market it runs inside one actor.
+Thin: the writer shares transactions, the store knows what happens inside one, the sealer makes
+files of it, settler and auditor do what their names say. It knows nothing of Ray; in the market it
+runs inside one actor.
 """
 
 import asyncio
 import contextlib
-import logging
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 
 from market import accounts as rules
 from market import storage
 from market.config import Config
-from market.errors import NotFound, Overloaded
-from market.ledger import registry, reports, tables
-from market.ledger.publisher import Dataset, Publisher, seal_interval
-from market.ledger.store import LedgerStore
+from market.errors import MarketFault, NotFound, Overloaded
+from market.ledger import exports, manifest, refunds, registry, reports, snapshot, statements
+from market.ledger.audit import Auditor
+from market.ledger.focus import FocusContext
+from market.ledger.manifest import Dataset
+from market.ledger.reports import UsageQuery
+from market.ledger.sealing import Sealer
+from market.ledger.settling import Settler, settlement_rows
+from market.ledger.snapshot import Snapshot
+from market.ledger.statement import Party, Statement
+from market.ledger.store import LEDGER_PRODUCER, LedgerStore
+from market.ledger.writer import Writer
 from market.ports import Clock
 from market.types import CURRENCY, HoldRequest, Principal, RateCard
 
-logger = logging.getLogger(__name__)
-
-GROUP_MAX = 512
-QUEUE_MAX = 10_000
 LOCK_PATIENCE_S = 5.0
 REPORTS_MAX = 2
+RESERVE_BYTES = 64 * 2**20
+ROOM_CHECK_S = 1.0
+STALE_HOLD = timedelta(hours=1)
+LIVE_ENTRIES_MAX = 65_536
 
-Waiting = tuple[storage.Command, asyncio.Future[Any]]
+Result = TypeVar("Result")
 
 
 def exit_process() -> None:
@@ -48,43 +57,36 @@ class Ledger:
     ) -> None:
         self._config = config
         self._clock = clock
-        self._on_fatal = on_fatal
         self._store = LedgerStore(clock)
-        self._publisher = Publisher(config.ledger_dir, config.staging_dir)
-        self._commands: asyncio.Queue[Waiting]
-        self._commands = asyncio.Queue(QUEUE_MAX)
-        self._writer = ThreadPoolExecutor(1, "ledger-writer")
-        self._files = ThreadPoolExecutor(1, "ledger-files")
-        self._publishing = asyncio.Lock()
+        self._writer = Writer(config.ledger_url, self._store, on_fatal)
+        self._sealer = Sealer(config, clock, self._writer)
+        self._settler = Settler(config, clock, self._writer, self._store, self._sealer)
+        self._auditor = Auditor(config, self._writer, self._store, self._sealer)
         self._reporting = asyncio.Semaphore(REPORTS_MAX)
         self._resources = contextlib.ExitStack()
         self._tasks: list[asyncio.Task[None]] = []
         self._closed = False
+        self._room_asked_s = float("-inf")
+        self._has_room = True
 
     async def open(self) -> None:
-        """Lock, connect, repair, and start the writer and the publisher.
+        """Lock, connect, migrate, repair, and start the writer and the loops.
 
         Raises MarketFault if another process has the lock or the database; may be tried again.
         """
         try:
             lock = storage.exclusive_lock(self._config.state_dir / "ledger.lock", LOCK_PATIENCE_S)
             await asyncio.to_thread(self._resources.enter_context, lock)
-            self._engine = await asyncio.get_running_loop().run_in_executor(
-                self._writer, storage.connect, self._config.ledger_url, tables.metadata
-            )
-            self._resources.callback(self._engine.dispose)
-            for result in await self._run_group([self._publisher.repair, self._store.load]):
-                if isinstance(result, Exception):
-                    raise result
-            for dataset in Dataset:
-                self._publisher.genesis(dataset, self._clock.now().date())
+            repairs = [self._sealer.publisher.repair, self._sealer.compactor.repair]
+            await self._writer.open([*repairs, self._store.open])
+            await asyncio.to_thread(self._sealer.open)
         except BaseException:
             self._resources.close()
             raise
         loop = asyncio.get_running_loop()
         self._tasks = [
-            loop.create_task(self._write_forever()),
-            loop.create_task(self._publish_forever()),
+            loop.create_task(self._sealer.publish_forever()),
+            loop.create_task(self._sealer.keep_house_forever(lambda: self._store.state)),
         ]
 
     async def close(self) -> None:
@@ -93,16 +95,15 @@ class Ledger:
             return
         self._closed = True
         try:
-            await self.publish()
+            await self._sealer.publish()
         finally:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            self._writer.shutdown()
-            self._files.shutdown()
+            await self._writer.close()
             self._resources.close()
 
-    # -- commands --------------------------------------------------------------------------
+    # -- who takes part, at what price -----------------------------------------------------
 
     async def create_tenant(self, tenant_id: str) -> bool:
         """Make a tenant and its account; False if it is there."""
@@ -110,18 +111,18 @@ class Ledger:
         def command(connection: Connection) -> bool:
             created = registry.create_tenant(connection, tenant_id, self._clock.now())
             account = rules.prepaid_account(rules.tenant_account(tenant_id), CURRENCY)
-            self._store.open_account(connection, account)
+            self._store.open_accounts(connection, [account])
             return created
 
         return bool(await self._command(command))
 
     async def create_provider(self, provider_id: str) -> bool:
-        """Make a provider and its account; False if it is there."""
+        """Make a provider and its accounts; False if it is there."""
 
         def command(connection: Connection) -> bool:
             created = registry.create_provider(connection, provider_id, self._clock.now())
-            account = rules.prepaid_account(rules.provider_account(provider_id), CURRENCY)
-            self._store.open_account(connection, account)
+            accounts = rules.provider_accounts(provider_id, CURRENCY)
+            self._store.open_accounts(connection, accounts)
             return created
 
         return bool(await self._command(command))
@@ -133,22 +134,6 @@ class Ledger:
     async def providers(self) -> list[str]:
         """Ids of all providers."""
         return list(await self._command(registry.list_providers))
-
-    async def balance(self, tenant_id: str) -> rules.Account:
-        """A tenant's account. Raises NotFound."""
-        account_id = rules.tenant_account(tenant_id)
-        account = await self._command(lambda c: self._store.account(c, account_id))
-        if account is None:
-            raise NotFound(f"tenant {tenant_id!r} does not exist", code="tenant_not_found")
-        return account  # type: ignore[no-any-return]
-
-    async def accounts(self) -> list[rules.Account]:
-        """All accounts."""
-        return list(await self._command(self._store.accounts))
-
-    async def transfer(self, transfer: rules.Transfer) -> None:
-        """Move money once per id. Raises Conflict or InvalidRequest."""
-        await self._command(lambda c: self._store.transfer(c, transfer))
 
     async def add_key(self, principal: Principal, key_hash: str) -> Principal:
         """Store the hash of a key."""
@@ -178,7 +163,7 @@ class Ledger:
             for card in cards:
                 priced = registry.rate_card(connection, card.model, now) is not None
                 if not (only_new_models and priced):
-                    registry.add_rate_card(connection, card)
+                    self._store.add_rate_card(connection, card)
 
         await self._command(command)
 
@@ -193,10 +178,52 @@ class Ledger:
         now = self._clock.now()
         return list(await self._command(lambda c: registry.current_rate_cards(c, now)))
 
+    # -- books -----------------------------------------------------------------------------
+
+    async def balance(self, tenant_id: str) -> rules.Account:
+        """A tenant's account. Raises NotFound."""
+        account_id = rules.tenant_account(tenant_id)
+        account = await self._command(lambda c: self._store.account(c, account_id))
+        if account is None:
+            raise NotFound(f"tenant {tenant_id!r} does not exist", code="tenant_not_found")
+        return account  # type: ignore[no-any-return]
+
+    async def accounts(self) -> list[rules.Account]:
+        """All accounts."""
+        return list(await self._command(self._store.accounts))
+
+    async def transfer(self, transfer: rules.Transfer) -> None:
+        """Move money once per id. Raises Conflict or InvalidRequest."""
+        await self._command(lambda c: self._store.transfer(c, [transfer]))
+
+    async def refund(self, refund: refunds.Refund) -> dict[str, Any]:
+        """Take back a request or part of it, or give an adjustment; once per id.
+
+        Raises NotFound, Conflict (id used otherwise, taken back before), InvalidRequest.
+        """
+        original = None
+        if refund.request_id is not None:
+            rows = await self.request(refund.request_id)
+            original = rows[0]
+        booked = await self._command(
+            lambda c: refunds.book(c, self._store, refund, original, self._clock.now())
+        )
+        return booked  # type: ignore[no-any-return]
+
     async def open_hold(self, request: HoldRequest) -> rules.HoldResult:
-        """Set money aside for a request."""
+        """Set money aside for a request or a slice. Raises Overloaded while the disk is full."""
+        if not self._room():
+            raise Overloaded(
+                "the ledger's disk is full: nothing new is admitted until there is room",
+                code="storage_full",
+                retry_after_s=10,
+            )
         result = await self._command(lambda c: self._store.open_hold(c, request))
         return result  # type: ignore[no-any-return]
+
+    async def end_hold(self, producer: str, epoch: int, hold_id: str) -> None:
+        """Give back what is left of a shared hold."""
+        await self._command(lambda c: self._store.end_hold(c, producer, epoch, hold_id))
 
     async def open_holds(self) -> list[rules.Hold]:
         """Holds that have not ended."""
@@ -218,98 +245,196 @@ class Ledger:
         )
         return int(await self._command(command))
 
-    async def usage(self, by: list[str], tenant_id: str | None) -> list[dict[str, Any]]:
+    # -- questions -------------------------------------------------------------------------
+
+    async def usage(self, query: UsageQuery) -> list[dict[str, Any]]:
         """Sums over every booked row, sealed or not."""
-        files, live = await self._command(lambda c: self._publisher.live(c, Dataset.USAGE))
-        async with self._reporting:
-            return await asyncio.to_thread(reports.usage, files, live, by, tenant_id)
+        return await self._ask(lambda s: reports.usage(s, query))
+
+    async def usage_buckets(
+        self, query: UsageQuery, width: str, groups: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        """Sums per time bucket. Raises InvalidRequest."""
+        return await self._ask(lambda s: reports.buckets(s, query, width, groups))
+
+    async def request(self, request_id: str) -> list[dict[str, Any]]:
+        """The rows of a request: its record and what was taken back of it. Raises NotFound."""
+        rows = await self._ask(lambda s: reports.rows_of_request(s, request_id))
+        if not rows:
+            raise NotFound(f"no request {request_id!r} is on record", code="request_not_found")
+        return rows
+
+    async def live(self, dataset: str, after: int) -> bytes:
+        """Rows beyond ``after``, as an Arrow IPC stream: what a reader of the files lacks.
+
+        Raises Overloaded while there are too many: they are being published.
+        """
+        entries = await self._command(
+            lambda c: manifest.entries_after(c, Dataset(dataset), after, LIVE_ENTRIES_MAX + 1)
+        )
+        if len(entries) > LIVE_ENTRIES_MAX:
+            raise Overloaded("too much is unpublished, try again soon", retry_after_s=5)
+        return await asyncio.to_thread(reports.live_stream, Dataset(dataset), entries, after)
 
     async def status(self) -> dict[str, Any]:
-        """Counters for people and tests."""
-        held = await self._command(self._store.count_open_holds)
+        """Numbers for people, metrics and tests."""
         return {
             "pid": os.getpid(),
-            "epoch": self._store.counters.epoch,
-            "next_lsn": self._store.counters.next_lsn,
-            "open_holds": held,
             "path": str(self._config.ledger_dir / Dataset.USAGE),
+            "has_room": self._room(),
+            **await self._command(self._numbers),
         }
+
+    def _numbers(self, connection: Connection) -> dict[str, Any]:
+        now = self._clock.now()
+        holds = self._store.open_holds(connection)
+        waiting = manifest.first_unsealed_at(connection)
+        return {
+            "epoch": self._store.mark(LEDGER_PRODUCER).epoch,
+            "next_lsn": self._store.state.counters.next_lsn,
+            "sealed_until": manifest.sealed_until(connection, Dataset.USAGE),
+            "publish_lag_s": 0.0 if waiting is None else (now - waiting).total_seconds(),
+            "open_holds": len(holds),
+            "held_pico": sum(hold.left_pico for hold in holds),
+            "stale_holds": sum(
+                not h.request.shared and now - h.request.started_at > STALE_HOLD for h in holds
+            ),
+        }
+
+    # -- files, proofs, settlement ---------------------------------------------------------
 
     async def publish(self) -> None:
         """Make everything booked so far public."""
-        async with self._publishing:
-            # An earlier round may have stopped half-way (disk full, a crash): finish that first.
-            await self._submit(self._publisher.repair)
-            for dataset in Dataset:
-                while await self._publish_part(dataset):
-                    pass
+        await self._sealer.publish()
 
-    # -- the writer ------------------------------------------------------------------------
+    async def compact(self) -> list[str]:
+        """Make each closed day one file; returns the names of the new files."""
+        await self._sealer.publish()
+        return await self._sealer.compact()
+
+    async def keep_house(self) -> None:
+        """What the ledger does every minute."""
+        await self._sealer.keep_house(self._store.state)
+
+    async def checkpoint(self) -> str:
+        """A signed note of everything that is public."""
+        await self._sealer.publish()
+        return await self._sealer.sign()
+
+    async def verify(self) -> dict[str, Any]:
+        """Recompute everything; ``finding`` is None or the first thing that is wrong."""
+        return await self._auditor.verify()
+
+    async def prove(self, request_id: str) -> dict[str, Any]:
+        """An inclusion proof of a request's row. Raises NotFound."""
+        return await self._auditor.prove(request_id)
+
+    async def settle(self, period: str, made_by: str, dry_run: bool = False) -> dict[str, Any]:
+        """Close a month, if the ledger verifies; closing it again changes nothing.
+
+        Raises InvalidRequest, or MarketFault if something does not add up.
+        """
+        reports.parse_period(period)
+        if not dry_run:
+            report = await self._auditor.verify()
+            if report["finding"] is not None:
+                finding = report["finding"]
+                raise MarketFault(
+                    f"not settled: the ledger does not verify: {finding['where']}, "
+                    f"row {finding['row']}: {finding['reason']}"
+                )
+        summary = await self._settler.settle(period, made_by, dry_run)
+        if summary["settled"]:
+            summary["statements"] = await self._write_statements(period)
+        return summary
+
+    async def statement(self, party: Party, name: str, period: str) -> Statement:
+        """What a tenant or provider had, used and paid in a month. Raises NotFound."""
+        known = await (self.tenants() if party is Party.TENANT else self.providers())
+        if name not in (*known, rules.MARKET_PROVIDER):
+            raise NotFound(f"{party} {name!r} does not exist", code=f"{party}_not_found")
+        start, end = reports.parse_period(period)
+        settled = {row.period: row for row in await self._command(settlement_rows)}.get(period)
+        sealed = {
+            "issuer": self._config.issuer,
+            "currency": CURRENCY,
+            "checkpoint": await self.checkpoint(),
+            "settlement_id": settled and settled.settlement_id,
+            "settlement_file": settled and self._settler.file(period),
+        }
+        month = (period, start, end)
+        return await self._ask(lambda s: statements.build(s, (party, name), month, sealed))
+
+    async def statement_as(self, party: Party, name: str, period: str, form: str) -> str:
+        """A statement as ``json``, ``csv`` or ``html``. Raises InvalidRequest, NotFound."""
+        statement = await self.statement(party, name, period)
+        return await asyncio.to_thread(exports.statement_text, statement, form)
+
+    async def focus(self, period: str, version: str, form: str, tenant: str | None) -> bytes:
+        """A month in the FOCUS format, as the bytes of a ``parquet`` or ``csv`` file.
+
+        Raises InvalidRequest for a version or form that does not exist.
+        """
+        start, end = reports.parse_period(period)
+        settled = await self._command(settlement_rows)
+        closed = {row.period for row in settled}
+        names = await self.tenants()
+        ids = {name: statements.statement_id(Party.TENANT, name, period) for name in names}
+        context = FocusContext(
+            period_start=start,
+            period_end=end,
+            issuer=self._config.issuer,
+            currency=CURRENCY,
+            invoice_ids=ids if period in closed else {},
+            settled_until_lsn=max((r.lsn_until for r in settled if r.period < period), default=0),
+        )
+        return await self._ask(lambda s: exports.focus_file(s, context, version, form, tenant))
+
+    async def _write_statements(self, period: str) -> int:
+        """Statements of everybody, as JSON and HTML, beside the settlement."""
+        folder = self._settler.file(period).parent
+        parties = [(Party.TENANT, name) for name in await self.tenants()]
+        parties += [(Party.PROVIDER, name) for name in await self.providers()]
+        for party, name in parties:
+            statement = await self.statement(party, name, period)
+            for form in ("json", "html"):
+                text = await asyncio.to_thread(exports.statement_text, statement, form)
+                path = folder / f"{party}s" / f"{name}.{form}"
+                await asyncio.to_thread(_write_text, path, text)
+        return len(parties)
+
+    # -- how it works ----------------------------------------------------------------------
 
     async def _command(self, command: storage.Command) -> Any:
         if self._closed:
             raise Overloaded("the ledger is shutting down", retry_after_s=5)
-        return await self._submit(command)
+        return await self._writer.submit(command)
 
-    async def _submit(self, command: storage.Command) -> Any:
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        await self._commands.put((command, future))
-        return await future
+    async def _ask(self, question: Callable[[Snapshot], Result]) -> Result:
+        """Answer from an exact snapshot, again if compaction moves a file meanwhile."""
+        async with self._reporting:
+            for _ in range(snapshot.TRIES):
+                taken = await self._command(
+                    lambda c: snapshot.take(c, self._sealer.publisher, self._store.state.cards)
+                )
+                try:
+                    return await asyncio.to_thread(question, taken)
+                except (OSError, snapshot.DuckDBError) as error:
+                    if not snapshot.gone(error):
+                        raise
+        raise Overloaded("the ledger's files keep moving, try again", retry_after_s=5)
 
-    async def _write_forever(self) -> None:
-        while True:
-            waiting = [await self._commands.get()]
-            while len(waiting) < GROUP_MAX and not self._commands.empty():
-                waiting.append(self._commands.get_nowait())
-            try:
-                results = await self._run_group([command for command, _ in waiting])
-            except Exception as error:
-                self._answer(waiting, [error] * len(waiting))
-                raise
-            self._answer(waiting, results)
+    def _room(self) -> bool:
+        """Whether the disk has more than the reserve; asked at most once a second."""
+        now_s = time.monotonic()
+        if now_s - self._room_asked_s > ROOM_CHECK_S:
+            self._room_asked_s = now_s
+            self._has_room = self._sealer.publisher.free_bytes() > RESERVE_BYTES
+        return self._has_room
 
-    def _answer(self, waiting: list[Waiting], results: list[Any]) -> None:
-        for (_, future), result in zip(waiting, results, strict=True):
-            if future.done():
-                continue  # whoever asked is gone; the command was done all the same
-            if isinstance(result, Exception):
-                future.set_exception(result)
-            else:
-                future.set_result(result)
 
-    async def _run_group(self, commands: list[storage.Command]) -> list[Any]:
-        loop = asyncio.get_running_loop()
-        try:
-            return await loop.run_in_executor(
-                self._writer, storage.run_group, self._engine, self._store.counters, commands
-            )
-        except Exception:
-            # A write or commit failed: what is on disk is unknown, so recover by starting again.
-            logger.exception("the ledger's database failed")
-            self._on_fatal()
-            raise
-
-    # -- the publisher ---------------------------------------------------------------------
-
-    async def _publish_forever(self) -> None:
-        while True:
-            today = self._clock.now().date()
-            parts = await self._submit(
-                partial(self._publisher.parts_on, dataset=Dataset.USAGE, day=today)
-            )
-            await asyncio.sleep(seal_interval(parts))
-            try:
-                await self.publish()
-            except Exception:  # whatever it was, rows must not stay unpublished for ever
-                logger.exception("publishing failed; the next round tries again")
-
-    async def _publish_part(self, dataset: Dataset) -> bool:
-        loop = asyncio.get_running_loop()
-        rows = await self._submit(lambda c: self._publisher.pending(c, dataset))
-        if rows is None:
-            return False
-        part = await loop.run_in_executor(self._files, self._publisher.stage, dataset, rows)
-        await self._submit(lambda c: self._publisher.prepare(c, part))
-        await loop.run_in_executor(self._files, self._publisher.link, part)
-        await self._submit(lambda c: self._publisher.confirm(c, part))
-        return True
+def _write_text(path: Any, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}")
+    fresh.write_text(text, encoding="utf-8", newline="")
+    fresh.replace(path)

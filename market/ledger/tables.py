@@ -30,21 +30,17 @@ accounts = Table(
     Column("held_pico", Pico, nullable=False),
 )
 
+# Transfers that somebody asked for by id; those of usage batches are only in the journal.
 transfers = Table(
     "transfers",
     metadata,
-    Column("tsn", BigInteger, primary_key=True, autoincrement=False),
-    Column("booked_at", Moment, nullable=False),
-    Column("transfer_id", String, nullable=False, unique=True),
+    Column("transfer_id", String, primary_key=True),
+    Column("tsn", BigInteger, nullable=False),
     Column("kind", String, nullable=False),
     Column("debit_account", String, nullable=False),
     Column("credit_account", String, nullable=False),
     Column("amount_pico", Pico, nullable=False),
     Column("currency", String, nullable=False),
-    Column("reason", String, nullable=False),
-    Column("made_by", String, nullable=False),
-    Column("lsn_lo", BigInteger),
-    Column("lsn_hi", BigInteger),
 )
 
 holds = Table(
@@ -57,7 +53,8 @@ holds = Table(
     Column("amount_pico", Pico, nullable=False),
     Column("state", String, nullable=False),
     Column("posted_pico", Pico, nullable=False),
-    Index("holds_by_state", "state", "producer"),
+    Column("changed_at", Moment, nullable=False),
+    Index("holds_by_state", "state", "changed_at"),
 )
 
 producers = Table(
@@ -68,15 +65,51 @@ producers = Table(
     Column("next_seq", BigInteger, nullable=False),
 )
 
+# What a lease was charged so far at one price: the next segment's charge depends on it.
+lease_totals = Table(
+    "lease_totals",
+    metadata,
+    Column("lease_id", String, primary_key=True),
+    Column("price_id", String, primary_key=True),
+    Column("gpu_us", BigInteger, nullable=False),
+)
+
+# One row: the next numbers to give out, the last booking time, the head of the hash chain.
+# ``pruned_head`` is the head just before the first entry that the journal still has.
+counters = Table(
+    "counters",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("next_entry", BigInteger, nullable=False),
+    Column("next_lsn", BigInteger, nullable=False),
+    Column("next_tsn", BigInteger, nullable=False),
+    Column("booked_at", Moment, nullable=False),
+    Column("head", LargeBinary, nullable=False),
+    Column("pruned_entry", BigInteger, nullable=False),
+    Column("pruned_head", LargeBinary, nullable=False),
+)
+
 journal = Table(
     "journal",
     metadata,
-    Column("lsn_lo", BigInteger, primary_key=True, autoincrement=False),
-    Column("lsn_hi", BigInteger, nullable=False),
+    Column("entry", BigInteger, primary_key=True, autoincrement=False),
     Column("booked_at", Moment, nullable=False),
-    Column("batch", LargeBinary, nullable=False),
+    Column("lsn_lo", BigInteger, nullable=False),
+    Column("lsn_hi", BigInteger, nullable=False),
+    Column("tsn_lo", BigInteger, nullable=False),
+    Column("tsn_hi", BigInteger, nullable=False),
+    Column("producer", String),
+    Column("epoch", Integer),
+    Column("first_seq", BigInteger),
+    Column("usage", LargeBinary),
+    Column("transfers", LargeBinary),
+    Column("head", LargeBinary, nullable=False),
+    Index("journal_by_lsn", "lsn_hi"),
+    Index("journal_by_tsn", "tsn_hi"),
 )
 
+# A range of rows as it was sealed: the leaves of the ledger's log, never changed once published.
+# ``file`` is where the rows are now; compaction moves them.
 parts = Table(
     "parts",
     metadata,
@@ -84,11 +117,63 @@ parts = Table(
     Column("lo", BigInteger, primary_key=True, autoincrement=False),
     Column("hi", BigInteger, nullable=False),
     Column("date", String, nullable=False),
-    Column("name", String, nullable=False),
     Column("rows", BigInteger, nullable=False),
+    Column("amount_pico", Pico, nullable=False),
+    Column("rows_root", LargeBinary, nullable=False),
+    Column("head", LargeBinary, nullable=False),
+    Column("file", String, nullable=False),
     Column("sha256", String, nullable=False),
     Column("state", String, nullable=False),
+    Column("leaf", BigInteger, unique=True),
+    Column("leaf_hash", LargeBinary, nullable=False),
     Index("parts_by_date", "dataset", "date"),
+)
+
+# At most one row: a day whose compacted file is about to take the place of its parts.
+compactions = Table(
+    "compactions",
+    metadata,
+    Column("dataset", String, primary_key=True),
+    Column("date", String, primary_key=True),
+    Column("file", String, nullable=False),
+    Column("sha256", String, nullable=False),
+)
+
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("size", BigInteger, primary_key=True, autoincrement=False),
+    Column("root", LargeBinary, nullable=False),
+    Column("note", Text, nullable=False),
+    Column("made_at", Moment, nullable=False),
+)
+
+# What was taken back of a usage row, by whom and why.
+refunds = Table(
+    "refunds",
+    metadata,
+    Column("refund_id", String, primary_key=True),
+    Column("tenant_id", String, nullable=False),
+    Column("reverses_lsn", BigInteger),
+    Column("lsn", BigInteger, nullable=False),
+    Column("amount_pico", Pico, nullable=False),
+    Index("refunds_by_row", "reverses_lsn"),
+)
+
+settlements = Table(
+    "settlements",
+    metadata,
+    Column("period", String, primary_key=True),
+    Column("settlement_id", String, nullable=False, unique=True),
+    Column("lsn_after", BigInteger, nullable=False),
+    Column("lsn_until", BigInteger, nullable=False, unique=True),
+    Column("tsn_until", BigInteger, nullable=False),
+    Column("fee_bps", Integer, nullable=False),
+    Column("sha256", String, nullable=False),
+    Column("rows", BigInteger, nullable=False),
+    Column("charge_pico", Pico, nullable=False),
+    Column("fee_pico", Pico, nullable=False),
+    Column("settled_at", Moment, nullable=False),
 )
 
 tenants = Table(
@@ -126,5 +211,6 @@ rate_cards = Table(
     Column("output_pico", Pico, nullable=False),
     Column("currency", String, nullable=False),
     Column("valid_from", Moment, nullable=False),
+    Column("gpu_hour_pico", Pico, nullable=False),
     Index("rate_cards_by_model", "model", "valid_from"),
 )

@@ -12,7 +12,7 @@ from market import catalog, placement, storage
 from market.config import Config
 from market.errors import Conflict, InvalidRequest, NoCapacity, NotFound
 from market.ports import Clock
-from market.scheduler import reconcile, store, tables
+from market.scheduler import reconcile, store
 from market.types import (
     AppStatus,
     Deployment,
@@ -59,10 +59,6 @@ class Prices(Protocol):
         ...
 
 
-class Counters:
-    """The scheduler keeps no counters in memory; storage asks for an object."""
-
-
 class Scheduler:
     """Start it with ``open``; every other public coroutine is one command."""
 
@@ -78,7 +74,7 @@ class Scheduler:
     async def open(self) -> None:
         """Connect and start the loop."""
         self._engine = await self._in_thread(
-            storage.connect, self._config.scheduler_url, tables.metadata
+            storage.connect, self._config.scheduler_url, "scheduler"
         )
         self._task = asyncio.create_task(self._reconcile_forever())
 
@@ -229,7 +225,9 @@ class Scheduler:
                 await self._command(partial(store.forget, deployment_id=deployment_id))
 
     async def _command(self, command: storage.Command) -> Any:
-        results = await self._in_thread(storage.run_group, self._engine, Counters(), [command])
+        results = await self._in_thread(
+            storage.run_group, self._engine, storage.Stateless(), [command]
+        )
         if isinstance(results[0], Exception):
             raise results[0]
         return results[0]

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from market.accounts import CASH, HoldState, HoldStatus, provider_account, tenant_account
@@ -28,14 +29,14 @@ class SqlLedger(Ledger):
         return await self.append(producer, epoch, first_seq, encode_batch(records))
 
 
-def record(request, seq, reason=FinishReason.STOP, counts=COUNTS):
+def record(request, reason=FinishReason.STOP, counts=COUNTS):
     return UsageRecord.for_hold(
         request,
         counts=counts,
         finished_at=NOON,
         charge_pico=charge(counts, CARD, reason, request.lane),
         finish_reason=reason,
-    ).emitted_by("gw0", request.epoch, seq)
+    )
 
 
 @pytest.fixture(params=["memory", "sqlite", "postgresql"])
@@ -128,7 +129,7 @@ class TestAppend:
     async def test_ends_the_hold_and_moves_the_charge(self, ledger):
         await ledger.register_producer("gw0")
         request = await held(ledger)
-        assert await ledger.append_records("gw0", 1, 0, [record(request, 0)]) == 1
+        assert await ledger.append_records("gw0", 1, 0, [record(request)]) == 1
         accounts = await balances(ledger)
         tenant = accounts[tenant_account("acme")]
         assert (tenant.balance_pico, tenant.held_pico) == (10 * 10**12 - CHARGE, 0)
@@ -137,15 +138,15 @@ class TestAppend:
 
     async def test_same_batch_again_is_acknowledged_and_changes_nothing(self, ledger):
         await ledger.register_producer("gw0")
-        batch = [record(await held(ledger), 0)]
+        batch = [record(await held(ledger))]
         for _ in range(3):
             assert await ledger.append_records("gw0", 1, 0, batch) == 1
         assert (await ledger.balance("acme")).balance_pico == 10 * 10**12 - CHARGE
 
     async def test_overlap_books_only_what_is_new(self, ledger):
         await ledger.register_producer("gw0")
-        first = record(await held(ledger, "a"), 0)
-        second = record(await held(ledger, "b"), 1)
+        first = record(await held(ledger, "a"))
+        second = record(await held(ledger, "b"))
         await ledger.append_records("gw0", 1, 0, [first])
         assert await ledger.append_records("gw0", 1, 0, [first, second]) == 2
         assert (await ledger.balance("acme")).balance_pico == 10 * 10**12 - 2 * CHARGE
@@ -153,12 +154,12 @@ class TestAppend:
     async def test_gap_is_refused(self, ledger):
         await ledger.register_producer("gw0")
         with pytest.raises(Conflict) as caught:
-            await ledger.append_records("gw0", 1, 1, [record(await held(ledger), 1)])
+            await ledger.append_records("gw0", 1, 1, [record(await held(ledger))])
         assert caught.value.code == "sequence_gap"
 
     async def test_old_epoch_is_fenced(self, ledger):
         await ledger.register_producer("gw0")
-        late = record(await held(ledger), 0)
+        late = record(await held(ledger))
         await ledger.register_producer("gw0")
         with pytest.raises(Conflict) as caught:
             await ledger.append_records("gw0", 1, 0, [late])
@@ -168,7 +169,7 @@ class TestAppend:
     @pytest.mark.parametrize("change", [{"charge_pico": CHARGE - 1}, {"price_id": "price-0"}])
     async def test_charge_must_follow_from_a_known_price(self, ledger, change):
         await ledger.register_producer("gw0")
-        wrong = replace(record(await held(ledger), 0), **change)
+        wrong = msgspec.structs.replace(record(await held(ledger)), **change)
         with pytest.raises(InvalidRequest):
             await ledger.append_records("gw0", 1, 0, [wrong])
         assert (await ledger.balance("acme")).balance_pico == 10 * 10**12
@@ -176,17 +177,77 @@ class TestAppend:
     async def test_hold_pays_only_once(self, ledger):
         await ledger.register_producer("gw0")
         request = await held(ledger)
-        await ledger.append_records("gw0", 1, 0, [record(request, 0)])
+        await ledger.append_records("gw0", 1, 0, [record(request)])
         with pytest.raises(MarketError):
-            await ledger.append_records("gw0", 1, 1, [record(request, 1)])
+            await ledger.append_records("gw0", 1, 1, [record(request)])
         assert (await ledger.balance("acme")).balance_pico == 10 * 10**12 - CHARGE
 
     async def test_faults_are_recorded_and_free(self, ledger):
         await ledger.register_producer("gw0")
-        free = record(await held(ledger), 0, FinishReason.PROVIDER_ERROR)
+        free = record(await held(ledger), FinishReason.PROVIDER_ERROR)
         await ledger.append_records("gw0", 1, 0, [free])
         account = await ledger.balance("acme")
         assert (account.balance_pico, account.held_pico) == (10 * 10**12, 0)
+
+
+class TestSharedHolds:
+    """Token slices and a lease's hours: many records draw on one hold."""
+
+    async def slice(self, ledger, amount=10 * CHARGE, epoch=1):
+        request = hold_request(
+            "slice-1", epoch=epoch, wanted_pico=amount, minimum_pico=amount, shared=True
+        )
+        await ledger.open_hold(request)
+        return request
+
+    def drawn(self, request, number):
+        name = f"req-gw0-{number}"
+        return msgspec.structs.replace(record(request), request_id=name, slice_id="slice-1")
+
+    async def test_each_record_takes_its_part_and_the_rest_stays_held(self, ledger):
+        await ledger.register_producer("gw0")
+        request = await self.slice(ledger)
+        await ledger.append_records("gw0", 1, 0, [self.drawn(request, n) for n in range(3)])
+        account = await ledger.balance("acme")
+        assert (account.balance_pico, account.held_pico) == (10**13 - 3 * CHARGE, 7 * CHARGE)
+
+    async def test_end_returns_the_rest_once(self, ledger):
+        await ledger.register_producer("gw0")
+        request = await self.slice(ledger)
+        await ledger.append_records("gw0", 1, 0, [self.drawn(request, 1)])
+        for _ in range(2):
+            await ledger.end_hold("gw0", 1, "slice-1")
+        account = await ledger.balance("acme")
+        assert (account.balance_pico, account.held_pico) == (10**13 - CHARGE, 0)
+
+    async def test_never_pays_more_than_it_holds(self, ledger):
+        await ledger.register_producer("gw0")
+        request = await self.slice(ledger, 2 * CHARGE)
+        with pytest.raises(MarketError):
+            await ledger.append_records("gw0", 1, 0, [self.drawn(request, n) for n in range(3)])
+        assert (await ledger.balance("acme")).balance_pico == 10**13
+
+    async def test_returns_when_its_producer_is_fenced(self, ledger):
+        await ledger.register_producer("gw0")
+        await self.slice(ledger)
+        await ledger.register_producer("gw0")
+        account = await ledger.balance("acme")
+        assert (account.balance_pico, account.held_pico) == (10**13, 0)
+        with pytest.raises(Conflict):
+            await ledger.end_hold("gw0", 1, "slice-1")
+
+    async def test_of_another_tenant_cannot_be_used(self, ledger):
+        await ledger.register_producer("gw0")
+        await ledger.create_tenant("bolt")
+        request = await self.slice(ledger)
+        stolen = msgspec.structs.replace(self.drawn(request, 1), tenant_id="bolt")
+        with pytest.raises(InvalidRequest):
+            await ledger.append_records("gw0", 1, 0, [stolen])
+
+    async def test_unknown_one_cannot_be_ended(self, ledger):
+        await ledger.register_producer("gw0")
+        with pytest.raises(InvalidRequest):
+            await ledger.end_hold("gw0", 1, "slice-9")
 
 
 class TestFencing:

@@ -31,7 +31,7 @@ amounts = st.integers(1, 1000)
 class BooksMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
-        self.books = Books(chart_of_accounts("USD"))
+        self.books = Books({a.account_id: a for a in chart_of_accounts("USD")})
         for account_id in ACCOUNTS[1:]:
             self.books.open_account(prepaid_account(account_id, "USD"))
         self.charged = 0

@@ -21,7 +21,7 @@ TENANT = tenant_account("acme")
 
 @pytest.fixture
 def books():
-    books = Books(chart_of_accounts("USD"))
+    books = Books({a.account_id: a for a in chart_of_accounts("USD")})
     books.open_account(prepaid_account(TENANT, "USD"))
     books.open_account(prepaid_account(provider_account("local"), "USD"))
     return books

@@ -14,7 +14,9 @@ import pytest
 from market.config import Config
 from market.errors import InvalidRequest, MarketFault, Overloaded
 from market.fakes import FakeClock
-from market.ledger.publisher import SCHEMAS, Dataset, Publisher, seal_interval
+from market.ledger.manifest import SCHEMAS, Dataset
+from market.ledger.publisher import Publisher, seal_interval
+from market.ledger.reports import UsageQuery
 from market.ledger.schema import encode_batch
 from market.ledger.service import Ledger
 from market.types import FinishReason, Principal, Role
@@ -51,11 +53,11 @@ class Box:
     async def serve(self, ledger, count=1, reason=FinishReason.STOP):
         """Book ``count`` requests in one batch."""
         records = []
-        for offset in range(count):
+        for _ in range(count):
             self._requests += 1
             request = hold_request(f"req-{self._requests}", epoch=self.epoch, **WANTED)
             await ledger.open_hold(request)
-            records.append(record(request, self.seq + offset, reason))
+            records.append(record(request, reason))
         self.seq = await ledger.append("gw0", self.epoch, self.seq, encode_batch(records))
 
     def usage(self):
@@ -206,7 +208,7 @@ class TestRestart:
 class TestCrashWhilePublishing:
     """A part that stopped at each step is finished or forgotten on the next start."""
 
-    @pytest.mark.parametrize("step", ["stage", "prepare", "link", "confirm"])
+    @pytest.mark.parametrize("step", ["stage", "link"])
     async def test_every_row_is_published_once(self, box, step, monkeypatch):
         async with box.open() as ledger:
             await box.prepare(ledger)
@@ -225,7 +227,7 @@ class TestCrashWhilePublishing:
         async with box.open() as ledger:
             await ledger.publish()
             assert list(box.usage()["lsn"]) == [1, 2, 3]
-            assert list(box.config.staging_dir.iterdir()) == []
+            assert [p for p in box.config.staging_dir.rglob('*') if p.is_file()] == []
 
     async def test_staged_file_that_was_damaged_is_written_again(self, box, monkeypatch):
         async with box.open() as ledger:
@@ -235,7 +237,7 @@ class TestCrashWhilePublishing:
                 patch.setattr(Publisher, "link", lambda *_: os.stat("/nowhere"))
                 with pytest.raises(FileNotFoundError):
                     await ledger.publish()
-                for file in box.config.staging_dir.iterdir():
+                for file in box.config.staging_dir.glob("parts/*"):
                     file.write_bytes(b"half")
                 with contextlib.suppress(FileNotFoundError):
                     await ledger.close()
@@ -254,7 +256,7 @@ class TestCrashWhilePublishing:
             with monkeypatch.context() as patch:
                 patch.setattr("market.storage.run_group", broken)
                 with pytest.raises(OSError, match="no space"):
-                    await ledger._run_group([])
+                    await ledger._writer.run_group([])
             assert box.fatal == [1]
 
 
@@ -265,7 +267,7 @@ class TestUsageReport:
             await box.serve(ledger, 2)
             await ledger.publish()
             await box.serve(ledger, 1)
-            (row,) = await ledger.usage(["model", "day"], None)
+            (row,) = await ledger.usage(UsageQuery(("model", "day")))
             assert (row["requests"], row["output_tokens"]) == (3, 30)
             assert row["charge"] == Decimal(3 * CHARGE).scaleb(-12)
             assert str(row["day"]) == "2026-11-01"
@@ -274,12 +276,12 @@ class TestUsageReport:
         async with box.open() as ledger:
             await box.prepare(ledger)
             await box.serve(ledger)
-            assert await ledger.usage(["model"], "somebody") == []
+            assert await ledger.usage(UsageQuery(tenant="somebody")) == []
 
     async def test_refuses_unknown_groups(self, box):
         async with box.open() as ledger:
             with pytest.raises(InvalidRequest, match="choose from"):
-                await ledger.usage(["charge; drop table"], None)
+                await ledger.usage(UsageQuery(("charge; drop table",)))
 
 
 class TestKeys:

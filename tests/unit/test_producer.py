@@ -1,14 +1,19 @@
 """A gateway's records on their way to the ledger."""
 
 import asyncio
-from dataclasses import replace
+import contextlib
+import os
 
+import msgspec
 import pytest
 
+from market.config import UsageSync
 from market.errors import MarketFault, Overloaded
 from market.fakes import FakeClock, MemoryLedger
+from market.ledger import spool
 from market.ledger.producer import Producer
-from market.ledger.schema import decode_batch
+from market.ledger.schema import BATCH, decode
+from market.pricing import NO_PRICE
 from market.types import FinishReason, UsageQuality, UsageRecord
 from tests.contracts.test_ledger import CHARGE, WANTED, record
 from tests.samples import CARD, deposit, hold_request
@@ -23,33 +28,22 @@ class WireLedger(MemoryLedger):
         self.batches = []
 
     async def append(self, producer, epoch, first_seq, payload):
-        rows = decode_batch(payload).to_pylist()
-        self.batches.append((first_seq, len(rows)))
+        rows = decode(payload, BATCH).to_pylist()
+        self.batches.append((producer, epoch, first_seq, len(rows)))
         mishap = self.mishaps.pop(0) if self.mishaps else None
         if isinstance(mishap, Exception):
             raise mishap
-        known = {h.request.hold_id: h.request for h in self._books.holds.values()}
         records = [
-            replace(
-                UsageRecord.for_hold(
-                    known[row["request_id"]],
-                    counts=_counts(row),
-                    finished_at=row["finished_at"],
-                    charge_pico=int(row["charge"].scaleb(12)),
-                    finish_reason=FinishReason(row["finish_reason"]),
-                    usage_quality=UsageQuality(row["usage_quality"]),
-                ),
-                price_id=row["price_id"],
-            ).emitted_by(row["producer"], row["epoch"], row["seq"])
+            UsageRecord(
+                charge_pico=int(row.pop("charge").scaleb(12)),
+                finish_reason=FinishReason(row.pop("finish_reason")),
+                usage_quality=UsageQuality(row.pop("usage_quality")),
+                attrs=tuple(row.pop("attrs") or ()),
+                **row,
+            )
             for row in rows
         ]
         return await self.append_records(producer, epoch, first_seq, records)
-
-
-def _counts(row):
-    from market.types import TokenCounts
-
-    return TokenCounts(row["input_tokens"], row["cached_input_tokens"], row["output_tokens"])
 
 
 @pytest.fixture
@@ -62,31 +56,62 @@ async def ledger():
     return ledger
 
 
+@pytest.fixture(params=list(UsageSync))
+async def any_producer(ledger, tmp_path, request):
+    producer = Producer(ledger, "gw0", tmp_path, request.param)
+    await producer.start()
+    yield producer
+    await producer.stop()
+
+
 @pytest.fixture
-async def producer(ledger):
-    producer = Producer(ledger, "gw0")
+async def producer(ledger, tmp_path):
+    producer = Producer(ledger, "gw0", tmp_path, UsageSync.ACK)
     await producer.start()
     yield producer
     await producer.stop()
 
 
 async def finished(ledger, producer):
-    request = hold_request(producer.next_request_id(), epoch=producer.identity()[1], **WANTED)
+    name, epoch = producer.identity()
+    request = hold_request(producer.next_request_id(), producer=name, epoch=epoch, **WANTED)
     await ledger.open_hold(request)
-    return record(request, -1)
+    return record(request)
 
 
-async def test_what_gathers_while_a_batch_is_away_goes_as_one(ledger, producer):
+@contextlib.asynccontextmanager
+async def killed(ledger, folder, name="gw0"):
+    """A producer whose process dies: its sender ends, its locks go, its spool stays."""
+    producer = Producer(ledger, name, folder)
+    await producer.start()
+    ledger.mishaps = [Overloaded("away", retry_after_s=60)] * 3
+    yield producer
+    producer._sender.cancel()
+    await asyncio.gather(producer._sender, return_exceptions=True)
+    producer._spool.close()
+    ledger.mishaps = []
+
+
+async def test_what_gathers_goes_as_one(ledger, producer):
     records = [await finished(ledger, producer) for _ in range(20)]
-    done = await asyncio.gather(*map(producer.record, records))
-    assert [r.seq for r in done] == list(range(20))
-    assert ledger.batches == [(0, 20)]
+    await asyncio.gather(*map(producer.record, records))
+    assert ledger.batches == [("gw0", 1, 0, 20)]
     assert len(ledger.records) == 20
 
 
-async def test_request_ids_never_repeat_over_restarts(ledger, producer):
+async def test_every_level_books_each_record_once_and_empties_the_spool(
+    ledger, any_producer, tmp_path
+):
+    records = [await finished(ledger, any_producer) for _ in range(600)]
+    await asyncio.gather(*map(any_producer.record, records))
+    await any_producer.stop()
+    assert [r.request_id for r in ledger.records] == [r.request_id for r in records]
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_request_ids_never_repeat_over_restarts(ledger, producer, tmp_path):
     first = producer.next_request_id()
-    successor = Producer(ledger, "gw0")
+    successor = Producer(ledger, "gw0", tmp_path)
     await successor.start()
     assert first == "req-gw0-1000000001"
     assert successor.next_request_id() == "req-gw0-2000000001"
@@ -99,32 +124,40 @@ async def test_batch_that_got_no_answer_is_sent_again_as_it_was(ledger, producer
         Overloaded("away", retry_after_s=0.001),
     ]
     await producer.record(await finished(ledger, producer))
-    assert ledger.batches == [(0, 1)] * 3
+    assert ledger.batches == [("gw0", 1, 0, 1)] * 3
     assert len(ledger.records) == 1
 
 
 @pytest.mark.parametrize("flaw", [{"charge_pico": CHARGE + 1}, {"price_id": "price-none"}])
 async def test_refused_record_takes_no_neighbour_along_and_its_hold_returns(ledger, producer, flaw):
     good = [await finished(ledger, producer) for _ in range(3)]
-    bad = replace(await finished(ledger, producer), **flaw)
-    results = await asyncio.gather(
-        *map(producer.record, [good[0], bad, *good[1:]]), return_exceptions=True
-    )
-    assert isinstance(results[1], MarketFault)
-    assert all(isinstance(result, UsageRecord) for result in [results[0], *results[2:]])
+    bad = msgspec.structs.replace(await finished(ledger, producer), **flaw)
+    await asyncio.gather(*map(producer.record, [good[0], bad, *good[1:]]))
     account = await ledger.balance("acme")
-    assert account.balance_pico == 10 * 10**12 - 3 * CHARGE
-    if "charge_pico" in flaw:
-        assert account.held_pico == 0
+    assert (account.balance_pico, account.held_pico) == (10 * 10**12 - 3 * CHARGE, 0)
+    in_its_place = ledger.records[1]
+    assert (in_its_place.request_id, in_its_place.charge_pico) == (bad.request_id, 0)
+    assert in_its_place.finish_reason is FinishReason.MARKET_FAULT
     producer.check()
 
 
+async def test_record_whose_hold_is_gone_leaves_no_gap(ledger, producer):
+    lost = msgspec.structs.replace(await finished(ledger, producer), request_id="req-of-nobody")
+    await producer.record(lost)
+    good = await finished(ledger, producer)
+    await producer.record(good)
+    assert [r.request_id for r in ledger.records] == [None, good.request_id]
+    assert dict(ledger.records[0].attrs) == {"refused_request": "req-of-nobody"}
+    assert (await ledger.balance("acme")).balance_pico == 10 * 10**12 - CHARGE
+
+
 async def test_record_that_fits_no_column_is_refused_and_sending_goes_on(ledger, producer):
-    bad = replace(await finished(ledger, producer), claimed_output_tokens=2**70)
+    bad = msgspec.structs.replace(await finished(ledger, producer), claimed_output_tokens=2**70)
     with pytest.raises(MarketFault):
         await producer.record(bad)
     await producer.record(await finished(ledger, producer))
     assert (await ledger.balance("acme")).held_pico == 0
+    assert ledger.records[0].price_id == NO_PRICE.price_id
 
 
 async def test_fenced_producer_says_so_and_sends_no_more(ledger, producer):
@@ -139,15 +172,107 @@ async def test_fenced_producer_says_so_and_sends_no_more(ledger, producer):
 
 async def test_outcome_that_nobody_can_know_ends_the_sender(ledger, producer):
     ledger.mishaps = [RuntimeError("what was that?")]
-    with pytest.raises(asyncio.CancelledError):
+    with pytest.raises(MarketFault):
         await producer.record(await finished(ledger, producer))
     with pytest.raises(MarketFault, match="does not send"):
         producer.check()
-    assert producer._sender is not None
-    assert isinstance(producer._sender.exception(), RuntimeError)
 
 
-async def test_gap_is_a_conflict_and_not_retried_for_ever(ledger, producer):
-    producer._next_seq = 5
-    with pytest.raises(MarketFault):
-        await producer.record(await finished(ledger, producer))
+async def test_too_many_unbooked_records_stop_admission(ledger, tmp_path, monkeypatch):
+    monkeypatch.setattr("market.ledger.producer.WAITING_MAX", 2)
+    async with killed(ledger, tmp_path) as producer:
+        records = [await finished(ledger, producer) for _ in range(2)]
+        for one in records:
+            await producer.record(one)
+        with pytest.raises(Overloaded, match="does not keep up"):
+            producer.identity()
+
+
+class TestOrphans:
+    async def test_records_of_a_dead_process_are_booked_under_their_old_identity(
+        self, ledger, tmp_path
+    ):
+        async with killed(ledger, tmp_path) as dead:
+            records = [await finished(ledger, dead) for _ in range(5)]
+            for one in records:
+                await dead.record(one)
+            unfinished = await finished(ledger, dead)
+        successor = Producer(ledger, "gw0", tmp_path)
+        await successor.start()
+        await successor.stop()
+        booked = [r.request_id for r in ledger.records]
+        assert booked == [r.request_id for r in [*records, unfinished]]
+        assert ledger.records[-1].usage_quality is UsageQuality.RECOVERED
+        account = await ledger.balance("acme")
+        assert (account.balance_pico, account.held_pico) == (10 * 10**12 - 5 * CHARGE, 0)
+        assert list(tmp_path.iterdir()) == []
+
+    async def test_orphan_of_another_slot_is_swept_and_its_producer_fenced(self, ledger, tmp_path):
+        async with killed(ledger, tmp_path, "gw7") as dead:
+            await dead.record(await finished(ledger, dead))
+            await finished(ledger, dead)
+        successor = Producer(ledger, "gw0", tmp_path)
+        await successor.start()
+        await successor.stop()
+        assert [r.usage_quality for r in ledger.records] == ["engine", "recovered"]
+        assert (await ledger.balance("acme")).held_pico == 0
+
+    async def test_records_that_come_after_their_fence_are_put_aside(self, ledger, tmp_path):
+        async with killed(ledger, tmp_path) as dead:
+            await dead.record(await finished(ledger, dead))
+        await ledger.register_producer("gw0")  # another node took the slot over
+        successor = Producer(ledger, "gw0", tmp_path)
+        await successor.start()
+        await successor.stop()
+        assert [r.charge_pico for r in ledger.records] == [0]
+        assert [path.suffix for path in tmp_path.iterdir()] == [".refused"]
+
+    async def test_spool_of_a_living_process_is_left_alone(self, ledger, tmp_path):
+        async with killed(ledger, tmp_path) as alive:
+            await alive.record(await finished(ledger, alive))
+            assert list(spool.orphans(tmp_path)) == []
+
+    async def test_torn_end_is_left_out_at_every_byte(self, ledger, tmp_path):
+        async with killed(ledger, tmp_path) as dead:
+            records = [await finished(ledger, dead) for _ in range(3)]
+            for one in records:
+                await dead.record(one)
+        (path,) = tmp_path.iterdir()
+        whole = path.read_bytes()
+        record_bytes = len(whole) // 3
+        for cut in range(2 * record_bytes, len(whole)):
+            path.write_bytes(whole[:cut])
+            (orphan,) = spool.orphans(tmp_path)
+            assert list(orphan.records) == records[:2]
+
+    async def test_flipped_bit_ends_the_spool_before_the_record(self, ledger, tmp_path):
+        async with killed(ledger, tmp_path) as dead:
+            for _ in range(3):
+                await dead.record(await finished(ledger, dead))
+        (path,) = tmp_path.iterdir()
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+        (orphan,) = spool.orphans(tmp_path)
+        assert len(orphan.records) == 1
+
+
+async def test_full_disk_makes_record_wait_and_loses_nothing(ledger, tmp_path, monkeypatch):
+    producer = Producer(ledger, "gw0", tmp_path)
+    await producer.start()
+    monkeypatch.setattr("market.ledger.producer.FULL_DISK_RETRY_S", 0.01)
+    real, failures = os.write, [3]
+
+    def write(descriptor, content):
+        if failures[0]:
+            failures[0] -= 1
+            real(descriptor, content[: len(content) // 2])  # a short write, then nothing more
+            raise OSError(28, "No space left on device")
+        return real(descriptor, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("market.ledger.spool.os.write", write)
+        for _ in range(3):
+            await producer.record(await finished(ledger, producer))
+    await producer.stop()
+    assert len(ledger.records) == 3

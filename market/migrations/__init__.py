@@ -1,0 +1,1 @@
+"""Alembic migrations of the ledger's and the scheduler's tables, run at every start."""
