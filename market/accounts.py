@@ -66,6 +66,18 @@ class Account:
         """Balance that no hold has claimed."""
         return self.balance_pico - self.held_pico
 
+    def moved(self, debit_pico: int = 0, credit_pico: int = 0, held_pico: int = 0) -> "Account":
+        """The account after these changes. (Ten times a batch: dataclasses.replace is slower.)"""
+        return Account(
+            self.account_id,
+            self.side,
+            self.may_overdraw,
+            self.currency,
+            self.debits_pico + debit_pico,
+            self.credits_pico + credit_pico,
+            self.held_pico + held_pico,
+        )
+
 
 class TransferKind(StrEnum):
     """What a transfer is for."""
@@ -189,8 +201,10 @@ class Books:
     ) -> None:
         self.changed_accounts: dict[str, Account] = {}
         self.changed_holds: dict[str, Hold] = {}
-        self.accounts = ChainMap(self.changed_accounts, accounts if accounts is not None else {})
-        self.holds = ChainMap(self.changed_holds, holds if holds is not None else {})
+        self._stored_accounts = accounts if accounts is not None else {}
+        self._stored_holds = holds if holds is not None else {}
+        self.accounts = ChainMap(self.changed_accounts, self._stored_accounts)
+        self.holds = ChainMap(self.changed_holds, self._stored_holds)
         self.transfers = ChainMap({}, transfers if transfers is not None else {})
         self.new_transfers: list[Transfer] = []
 
@@ -209,18 +223,18 @@ class Books:
         if known is not None:
             same = known.content == transfer.content
             return TransferStatus.EXISTS if same else TransferStatus.EXISTS_DIFFERENT
-        debit = self.accounts.get(transfer.debit_account)
-        credit = self.accounts.get(transfer.credit_account)
+        debit = self._account(transfer.debit_account)
+        credit = self._account(transfer.credit_account)
         if debit is None or credit is None:
             return TransferStatus.ACCOUNT_NOT_FOUND
         if not debit.currency == credit.currency == transfer.currency:
             return TransferStatus.CURRENCY_DIFFERS
-        debit = replace(debit, debits_pico=debit.debits_pico + transfer.amount_pico)
-        credit = replace(credit, credits_pico=credit.credits_pico + transfer.amount_pico)
-        if any(_overdrawn(account) for account in (debit, credit)):
+        debit = debit.moved(debit_pico=transfer.amount_pico)
+        credit = credit.moved(credit_pico=transfer.amount_pico)
+        if _overdrawn(debit) or _overdrawn(credit):
             return TransferStatus.EXCEEDS_BALANCE
-        self.accounts[debit.account_id] = debit
-        self.accounts[credit.account_id] = credit
+        self.changed_accounts[debit.account_id] = debit
+        self.changed_accounts[credit.account_id] = credit
         self._note(transfer)
         return TransferStatus.CREATED
 
@@ -228,10 +242,10 @@ class Books:
         """Set money aside: all that is wanted, or what there is if it reaches the minimum."""
         if not 0 <= request.minimum_pico <= request.wanted_pico:
             raise ValueError(f"hold wants {request.wanted_pico}, at least {request.minimum_pico}")
-        account = self.accounts.get(tenant_account(request.tenant_id))
+        account = self._account(tenant_account(request.tenant_id))
         if account is None:
             return HoldResult(HoldStatus.ACCOUNT_NOT_FOUND, None, 0)
-        known = self.holds.get(request.hold_id)
+        known = self._hold(request.hold_id)
         if known is not None:
             return HoldResult(HoldStatus.EXISTS, known, account.available_pico)
         available = account.available_pico
@@ -257,7 +271,8 @@ class Books:
         if not 0 <= amount_pico <= hold.left_pico:
             raise HoldError(f"hold {hold_id} has {hold.left_pico} left, cannot post {amount_pico}")
         self._hold_money(hold.account_id, -amount_pico)
-        drawn = replace(hold, posted_pico=hold.posted_pico + amount_pico)
+        posted_pico = hold.posted_pico + amount_pico
+        drawn = Hold(hold.request, hold.amount_pico, hold.state, posted_pico)
         self.holds[hold_id] = drawn
         return drawn
 
@@ -281,7 +296,7 @@ class Books:
         self._note(transfer)
 
     def _pending(self, hold_id: str) -> Hold:
-        hold = self.holds.get(hold_id)
+        hold = self._hold(hold_id)
         if hold is None:
             raise HoldError(f"hold {hold_id} is unknown")
         if hold.state is not HoldState.PENDING:
@@ -296,10 +311,17 @@ class Books:
         return ended
 
     def _hold_money(self, account_id: str, amount_pico: int) -> None:
-        account = self.accounts[account_id]
-        held = account.held_pico + amount_pico
-        assert held >= 0, f"{account_id} would hold {held}"
-        self.accounts[account_id] = replace(account, held_pico=held)
+        account = self._account(account_id)
+        assert account is not None, account_id
+        account = account.moved(held_pico=amount_pico)
+        assert account.held_pico >= 0, f"{account_id} would hold {account.held_pico}"
+        self.changed_accounts[account_id] = account
+
+    def _account(self, account_id: str) -> Account | None:
+        return self.changed_accounts.get(account_id) or self._stored_accounts.get(account_id)
+
+    def _hold(self, hold_id: str) -> Hold | None:
+        return self.changed_holds.get(hold_id) or self._stored_holds.get(hold_id)
 
     def _note(self, transfer: Transfer) -> None:
         self.transfers[transfer.transfer_id] = transfer

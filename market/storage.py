@@ -7,6 +7,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
+from market import crash
 from market.errors import MarketFault
 
 LOCK_POLL_S = 0.05
@@ -176,6 +178,8 @@ def run_group(engine: Engine, unit: Unit, commands: Sequence[Command]) -> list[A
                     results.append(error)
                 connection.exec_driver_sql("RELEASE SAVEPOINT command")
             unit.end(connection)
+            crash.reach("before-commit")
+        crash.reach("committed")
     except BaseException as error:
         unit.forget()
         if _is_full(error):
@@ -222,11 +226,16 @@ def _try_lock(descriptor: int) -> bool:
 
 def upsert(connection: Connection, table: Table, rows: list[dict[str, object]]) -> None:
     """Insert rows or overwrite those with the same primary key."""
-    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    connection.execute(_upsert_into(table, connection.dialect.name), rows)
+
+
+@cache
+def _upsert_into(table: Table, dialect: str) -> Any:
+    insert = postgresql.insert if dialect == "postgresql" else sqlite.insert
     statement = insert(table)
     keys = [column.name for column in table.primary_key]
     overwritten = {c.name: statement.excluded[c.name] for c in table.c if c.name not in keys}
-    connection.execute(statement.on_conflict_do_update(index_elements=keys, set_=overwritten), rows)
+    return statement.on_conflict_do_update(index_elements=keys, set_=overwritten)
 
 
 class Pico(TypeDecorator[int]):

@@ -56,6 +56,13 @@ def require_operator(principal: Principal) -> None:
         raise PermissionDenied("this needs an operator key (market up keeps one in operator.key)")
 
 
+def require_provider(principal: Principal, provider_id: str) -> None:
+    """Raises PermissionDenied unless the key is the operator's or this provider's own."""
+    own = principal.role is Role.PROVIDER and principal.subject_id == provider_id
+    if principal.role is not Role.OPERATOR and not own:
+        raise PermissionDenied(f"this key may not see provider {provider_id}")
+
+
 def require_subject(principal: Principal, tenant_id: str) -> None:
     """Raises PermissionDenied unless the key is the operator's or this tenant's own."""
     own = principal.role is Role.TENANT and principal.subject_id == tenant_id

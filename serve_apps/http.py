@@ -61,7 +61,7 @@ Caller = Annotated[Principal, Depends(principal_of)]
 
 def create_app(services: Services) -> FastAPI:
     """The whole HTTP surface over the given services."""
-    from serve_apps import market_api, openai_api
+    from serve_apps import ledger_api, market_api, openai_api
 
     app = FastAPI(
         title="Compute market",
@@ -78,6 +78,7 @@ def create_app(services: Services) -> FastAPI:
     app.add_middleware(BodyLimit)
     app.include_router(openai_api.router)
     app.include_router(market_api.router)
+    app.include_router(ledger_api.router)
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:

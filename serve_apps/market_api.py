@@ -3,14 +3,14 @@
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
 from market import accounts, catalog, pricing
 from market.accounts import Account, Transfer, TransferKind, tenant_account
 from market.errors import InvalidRequest
-from market.ledger.reports import UsageQuery
 from market.keys import hash_key, key_id, new_key
+from market.ledger.reports import parse_when
 from market.types import CURRENCY, Deployment, Offer, Principal, Role
 from serve_apps.auth import require_operator, require_subject
 from serve_apps.http import Caller, With
@@ -39,9 +39,26 @@ class NewDeposit(Strict):
 
 
 class NewKey(Strict):
-    """Body of ``POST /keys``."""
+    """Body of ``POST /keys``: a key for a tenant or for a provider."""
 
-    tenant_id: str
+    tenant_id: str | None = None
+    provider_id: str | None = None
+
+
+class NewProvider(Strict):
+    """Body of ``POST /providers``."""
+
+    provider_id: str
+
+
+class NewPrice(Strict):
+    """Body of ``POST /prices``, per million tokens; in force from ``valid_from`` on (now)."""
+
+    model: str
+    input_price: str
+    output_price: str
+    cached_input_price: str | None = None
+    valid_from: str | None = None
 
 
 class NewDeployment(Strict):
@@ -110,6 +127,38 @@ async def providers(services: With, caller: Caller) -> list[dict[str, str]]:
     """Who sells."""
     require_operator(caller)
     return [{"provider_id": name} for name in await services.ledger.providers()]
+
+
+@router.post("/providers")
+async def create_provider(body: NewProvider, services: With, caller: Caller) -> dict[str, Any]:
+    """Make a provider with empty accounts; again is harmless."""
+    require_operator(caller)
+    created = await services.ledger.create_provider(body.provider_id)
+    return {"created": created, "provider_id": body.provider_id}
+
+
+@router.post("/prices")
+async def set_price(body: NewPrice, services: With, caller: Caller) -> dict[str, Any]:
+    """A new price: requests admitted from then on have it, those before keep theirs."""
+    require_operator(caller)
+    catalog.find(body.model)
+    now = services.clock.now()
+    prices = (
+        pricing.parse_price(body.input_price, "input_price"),
+        pricing.parse_price(body.cached_input_price or body.input_price, "cached_input_price"),
+        pricing.parse_price(body.output_price, "output_price"),
+    )
+    start = now if body.valid_from is None else parse_when(body.valid_from, now, "valid_from")
+    if start < now:
+        raise InvalidRequest("valid_from: prices cannot change the past")
+    card = pricing.make_rate_card(body.model, prices, start, CURRENCY)
+    await services.ledger.add_rate_cards([card], only_new_models=False)
+    return {
+        "model": card.model,
+        "price_id": card.price_id,
+        **_prices(card),
+        "valid_from": card.valid_from.isoformat(),
+    }
 
 
 @router.get("/deployments")
@@ -190,12 +239,16 @@ async def deposit(
 
 @router.post("/keys")
 async def create_key(body: NewKey, services: With, caller: Caller) -> dict[str, str]:
-    """Make an API key for a tenant. The secret is in this answer and nowhere else."""
+    """Make an API key for a tenant or provider. The secret is in this answer and nowhere else."""
     require_operator(caller)
+    if (body.tenant_id is None) == (body.provider_id is None):
+        raise InvalidRequest("tenant_id or provider_id: say for whom the key is, one of them")
+    role = Role.TENANT if body.provider_id is None else Role.PROVIDER
+    subject_id = body.tenant_id or body.provider_id or ""
     secret = new_key()
-    principal = Principal(key_id(secret), Role.TENANT, body.tenant_id)
+    principal = Principal(key_id(secret), role, subject_id)
     await services.ledger.add_key(principal, hash_key(secret))
-    return {"api_key_id": principal.api_key_id, "tenant_id": body.tenant_id, "api_key": secret}
+    return {"api_key_id": principal.api_key_id, f"{role}_id": subject_id, "api_key": secret}
 
 
 @router.get("/keys")
@@ -211,28 +264,6 @@ async def revoke_key(api_key_id: str, services: With, caller: Caller) -> dict[st
     require_operator(caller)
     await services.ledger.revoke_key(api_key_id)
     return {"api_key_id": api_key_id, "state": "revoked"}
-
-
-@router.get("/usage")
-async def usage(
-    services: With,
-    caller: Caller,
-    by: Annotated[str, Query()] = "model",
-    tenant: Annotated[str | None, Query()] = None,
-) -> list[dict[str, Any]]:
-    """Requests, tokens and charges per group, of every booked row."""
-    if caller.role is not Role.OPERATOR:
-        tenant = caller.subject_id if tenant is None else tenant
-        require_subject(caller, tenant)
-    groups = [part.strip() for part in by.split(",") if part.strip()]
-    query = UsageQuery(by=tuple(groups), tenant=tenant)
-    rows = await services.ledger.usage(query)
-    return [
-        row
-        | {"charge": format(row["charge"], "f")}
-        | ({"day": str(row["day"])} if "day" in row else {})
-        for row in rows
-    ]
 
 
 def _tenant(tenant_id: str, account: Account) -> dict[str, str]:

@@ -17,23 +17,24 @@ def request(method: str, path: str, **arguments: Any) -> Any:
 
     Raises MarketError with the server's message, or one that says how to reach a server.
     """
-    config = Config.from_env()
-    return send(config, operator_key(config), method, f"/market/v1{path}", **arguments)
+    return fetch(method, path, **arguments).json()
 
 
-def send(config: Config, key: str, method: str, path: str, **arguments: Any) -> Any:
-    """One request; 4xx and 5xx answers become errors."""
+def fetch(
+    method: str, path: str, timeout_s: float | None = TIMEOUT_S, **arguments: Any
+) -> "httpx.Response":
+    """Like ``request``, but the answer as it came; ``timeout_s`` None waits as long as it takes."""
     import httpx
 
-    headers = {"authorization": f"Bearer {key}"}
+    config = Config.from_env()
+    headers = {"authorization": f"Bearer {operator_key(config)}"}
+    url = f"{config.url}/market/v1{path}"
     try:
-        response = httpx.request(
-            method, f"{config.url}{path}", headers=headers, timeout=TIMEOUT_S, **arguments
-        )
+        response = httpx.request(method, url, headers=headers, timeout=timeout_s, **arguments)
     except httpx.TransportError as error:
         raise unreachable(config, error) from None
     raise_for_error(response)
-    return response.json()
+    return response
 
 
 def raise_for_error(response: "httpx.Response") -> None:

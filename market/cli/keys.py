@@ -11,20 +11,22 @@ app = typer.Typer(help="API keys.", no_args_is_help=True)
 
 @app.command(epilog="Example: market keys create --tenant acme")
 def create(
-    tenant: Annotated[str, typer.Option(help="The tenant it speaks for.")],
+    tenant: Annotated[str | None, typer.Option(help="The tenant it speaks for.")] = None,
+    provider: Annotated[str | None, typer.Option(help="Or the provider.")] = None,
     save: Annotated[
         bool, typer.Option(help="Keep it on this machine (mode 0600) for market chat.")
     ] = True,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Make a key for a tenant. The secret is shown now and never again."""
+    """Make a key for a tenant or provider. The secret is shown now and never again."""
     from market.cli.api import request
     from market.config import Config
     from market.keys import write_secret
 
-    answer = request("POST", "/keys", json={"tenant_id": tenant})
+    subject = {"tenant_id": tenant, "provider_id": provider}
+    answer = request("POST", "/keys", json={k: v for k, v in subject.items() if v is not None})
     config = Config.from_env()
-    if save:
+    if save and tenant is not None:
         config.home.mkdir(parents=True, exist_ok=True)
         write_secret(config.chat_key_file, answer["api_key"])
         note(f"market: kept in {config.chat_key_file} for market chat; the market has only a hash")

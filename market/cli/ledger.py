@@ -1,5 +1,7 @@
-"""``market ledger``: the Parquet files."""
+"""``market ledger``: the Parquet files and the proof of them."""
 
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,3 +29,80 @@ def path(
         show(output, {"path": str(folder)})
     else:
         print(folder)
+
+
+@app.command(epilog="Example: market ledger verify")
+def verify(output: OutputOption = Output.TABLE) -> None:
+    """Recompute everything; name the first bad file, row and reason, and exit with 1."""
+    from market.cli.api import fetch
+
+    report = fetch("POST", "/ledger/verify", timeout_s=None).json()
+    finding = report["finding"]
+    if output is Output.JSON:
+        show(output, report)
+    elif finding is None:
+        show(output, {"ledger": "verified", **report}, [k for k in report if k != "finding"])
+    if finding is not None:
+        row = "" if finding["row"] is None else f", row {finding['row']}"
+        print(
+            f"market: NOT VERIFIED: {finding['where']}{row}: {finding['reason']}", file=sys.stderr
+        )
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: market ledger prove req-gw0-1000000001 > proof.json")
+def prove(
+    request_id: Annotated[str, typer.Argument(help="The answer's x-request-id.")],
+    size: Annotated[
+        int | None, typer.Option(help="Prove it against the checkpoint of this size.")
+    ] = None,
+) -> None:
+    """Print a proof that a request's row is in the log, for scripts/verify_proof.py."""
+    from market.cli.api import request
+
+    parameters = {} if size is None else {"size": size}
+    show(Output.JSON, request("GET", f"/ledger/proofs/{request_id}", params=parameters))
+
+
+@app.command(epilog="Example: market ledger checkpoint > checkpoint.txt")
+def checkpoint() -> None:
+    """Print a signed checkpoint: whoever keeps it can prove that nothing was rewritten."""
+    from market.cli.api import request
+
+    print(request("GET", "/ledger/checkpoint")["checkpoint"], end="")
+
+
+@app.command(epilog="Example: market ledger compact")
+def compact(output: OutputOption = Output.TABLE) -> None:
+    """Make each closed day one file now (the market does so by itself)."""
+    from market.cli.api import fetch
+
+    made = fetch("POST", "/ledger/compact", timeout_s=None).json()["files"]
+    if output is Output.JSON:
+        show(output, {"files": made})
+    else:
+        show(output, [{"file": name} for name in made], empty="nothing to compact")
+
+
+@app.command(epilog="Example: market ledger export --focus 1.2 --period 2026-11 november.csv")
+def export(
+    file: Annotated[Path, typer.Argument(help="File to write, .parquet or .csv.")],
+    period: Annotated[str, typer.Option(help="The month, e.g. 2026-11.")],
+    focus: Annotated[str, typer.Option(help="FOCUS version: 1.2 or 1.3.")] = "1.2",
+    tenant: Annotated[str | None, typer.Option(help="Only this tenant.")] = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Write a month's usage in the FinOps FOCUS format."""
+    from market.cli.api import fetch
+    from market.errors import InvalidRequest
+
+    form = file.suffix.removeprefix(".")
+    if form not in ("parquet", "csv"):
+        raise InvalidRequest(f"{file}: the name must end in .parquet or .csv")
+    if not file.parent.is_dir():
+        raise InvalidRequest(f"{file}: there is no folder {file.parent}")
+    asked = {"period": period, "version": focus, "format": form, "tenant": tenant}
+    parameters = {name: value for name, value in asked.items() if value is not None}
+    content = fetch("GET", "/ledger/focus", timeout_s=None, params=parameters).content
+    file.write_bytes(content)
+    show(output, {"file": str(file), "focus": focus, "bytes": len(content)})

@@ -4,7 +4,19 @@ import sys
 
 import typer
 
-from market.cli import chat, cluster, deployments, keys, ledger, models, tenants, usage
+from market.cli import (
+    chat,
+    cluster,
+    deployments,
+    keys,
+    ledger,
+    models,
+    prices,
+    providers,
+    settlement,
+    tenants,
+    usage,
+)
 
 app = typer.Typer(
     name="market",
@@ -16,11 +28,13 @@ app = typer.Typer(
     epilog="First steps: market up; market deploy tiny-qwen --mode tokens; market status",
 )
 
-for module in (cluster, deployments, usage, chat):
+for module in (cluster, deployments, usage, settlement, chat):
     module.register(app)
 app.add_typer(models.app, name="models")
 app.add_typer(tenants.app, name="tenants")
 app.add_typer(keys.app, name="keys")
+app.add_typer(providers.app, name="providers")
+app.add_typer(prices.app, name="prices")
 app.add_typer(ledger.app, name="ledger")
 
 

@@ -42,7 +42,6 @@ def note(text: str) -> None:
 
 def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
@@ -52,10 +51,17 @@ def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
         table.add_column(name.replace("_", " "), justify=justify, overflow="fold")  # type: ignore[arg-type]
     for row in rows:
         table.add_row(*(_cell(row.get(name)) for name in columns))
+    print_rich(table)
+
+
+def print_rich(shown: Any) -> None:
+    """Print something that rich can render."""
+    from rich.console import Console
+
     console = Console()
     # Piped output has no width; cutting a value to 80 columns would lose data.
     console.width = console.width if sys.stdout.isatty() else 250
-    console.print(table)
+    console.print(shown)
 
 
 def _cell(value: Any) -> str:

@@ -53,3 +53,34 @@ def deposit(
 
     body = {"amount": amount, "deposit_id": deposit_id or uuid.uuid4().hex, "reason": reason}
     show(output, request("POST", f"/tenants/{tenant}/deposits", json=body))
+
+
+@app.command(epilog="Example: market tenants refund acme --request req-gw0-1 --reason 'bad answer'")
+def refund(
+    tenant: Tenant,
+    reason: Annotated[str, typer.Option(help="Why; it goes into the ledger with who did it.")],
+    request_id: Annotated[
+        str | None, typer.Option("--request", help="Take this request back, or --amount of it.")
+    ] = None,
+    amount: Annotated[str | None, typer.Option(help="Amount to give back.")] = None,
+    provider: Annotated[
+        str | None,
+        typer.Option(help="Who pays an amount without a request; default: the market."),
+    ] = None,
+    refund_id: Annotated[
+        str | None, typer.Option("--id", help="The same id again books nothing.")
+    ] = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Give money back: a new row in the ledger, no row is ever changed."""
+    from market.cli.api import request
+
+    asked = {
+        "reason": reason,
+        "request_id": request_id,
+        "amount": amount,
+        "provider_id": provider,
+        "refund_id": refund_id or uuid.uuid4().hex,
+    }
+    body = {name: value for name, value in asked.items() if value is not None}
+    show(output, request("POST", f"/tenants/{tenant}/refunds", json=body))

@@ -58,13 +58,14 @@ class Auditor:
             logger.critical("ALARM ledger verify: %s", report["finding"])
         return report
 
-    async def prove(self, request_id: str) -> dict[str, Any]:
+    async def prove(self, request_id: str, size: int | None) -> dict[str, Any]:
         """That a request's row is in the ledger: row, paths, signed checkpoint.
 
-        ``scripts/verify_proof.py`` checks it. Raises NotFound.
+        ``size`` chooses a checkpoint that was signed before, for who kept it.
+        ``scripts/verify_proof.py`` checks the proof. Raises NotFound.
         """
         await self._sealer.publish()
-        checkpoint = await self._sealer.sign()
+        checkpoint = await (self._sealer.sign() if size is None else self._signed(size))
         size = int(checkpoint.split("\n")[1])
         parts = await self._writer.submit(lambda c: manifest.published(c, Dataset.USAGE))
         async with self._sealer.files_stay:
@@ -74,6 +75,8 @@ class Auditor:
         part, rows, index = found
         leaves = await self._writer.submit(lambda c: manifest.leaves_from(c, 0))
         assert part.leaf is not None
+        if part.leaf >= size:
+            raise NotFound(f"request {request_id} was recorded after checkpoint {size}")
         path = inclusion_path(leaves[:size], part.leaf)
         return {
             "row": plain_row(rows.slice(index, 1)),
@@ -85,6 +88,13 @@ class Auditor:
             "checkpoint": checkpoint,
             "public_key": self._sealer.signer.verifier(),
         }
+
+    async def _signed(self, size: int) -> str:
+        query = select(tables.checkpoints.c.note).where(tables.checkpoints.c.size == size)
+        note = await self._writer.submit(lambda c: c.execute(query).scalar())
+        if note is None:
+            raise NotFound(f"no checkpoint of {size} parts was signed", code="checkpoint_not_found")
+        return str(note)
 
     def _find(
         self, parts: Sequence[Part], request_id: str

@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sqlalchemy import Connection, delete, select, update
 
+from market import crash
 from market.errors import MarketFault
-from market.ledger import crash, files, manifest, tables
+from market.ledger import files, manifest, tables
 from market.ledger.digest import leaf_hashes, rows_root
 from market.ledger.manifest import KEYS, Dataset, Part
 from market.ledger.publisher import Publisher, amount_pico, writer

@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
+import msgspec
 import pyarrow as pa
 from sqlalchemy import Connection
 
 from market.accounts import Transfer, TransferKind
 from market.ledger import tables
-from market.ledger.schema import TRANSFERS, encode, money_array
+from market.ledger.schema import TRANSFERS, money_array
 from market.ledger.state import Counters
 from market.storage import to_micros
 
@@ -54,7 +55,7 @@ def enter(
         "epoch": arrived and arrived.epoch,
         "first_seq": arrived and arrived.first_seq,
         "usage": arrived and arrived.payload,
-        "transfers": _encode(transfers, counters.next_tsn, booked_at),
+        "transfers": encode_transfers(transfers),
     }
     values["head"] = chain_head(counters.head, values)
     connection.execute(tables.journal.insert(), values)
@@ -90,18 +91,39 @@ def _indexed(transfer: Transfer) -> dict[str, Any]:
     }
 
 
-def _encode(transfers: Sequence[Transfer], first_tsn: int, booked_at: datetime) -> bytes | None:
+def encode_transfers(transfers: Sequence[Transfer]) -> bytes | None:
+    """Transfers as the journal keeps them; amounts as text, because they may exceed 64 bits."""
     if not transfers:
         return None
-    columns = []
+    return _pack(
+        [
+            (
+                *(t.transfer_id, t.kind, t.debit_account, t.credit_account, str(t.amount_pico)),
+                *(t.currency, t.reason, t.made_by, t.lsn_lo, t.lsn_hi),
+            )
+            for t in transfers
+        ]
+    )
+
+
+def transfers_batch(content: bytes, first_tsn: int, booked_at: datetime) -> pa.RecordBatch:
+    """The public rows of an entry's transfers."""
+    rows = msgspec.msgpack.decode(content)
+    columns = dict(zip(_STORED, zip(*rows, strict=True), strict=True))
+    count = len(rows)
+    arrays = []
     for field in TRANSFERS:
         if field.name == "tsn":
-            column = pa.array(range(first_tsn, first_tsn + len(transfers)), field.type)
+            array = pa.array(range(first_tsn, first_tsn + count), field.type)
         elif field.name == "booked_at":
-            column = pa.array([booked_at] * len(transfers), field.type)
+            array = pa.repeat(pa.scalar(booked_at, field.type), count)
         elif field.name == "amount":
-            column = money_array([transfer.amount_pico for transfer in transfers])
+            array = money_array([int(text) for text in columns["amount"]])
         else:
-            column = pa.array([getattr(t, field.name) for t in transfers], field.type)
-        columns.append(column)
-    return encode(pa.RecordBatch.from_arrays(columns, schema=TRANSFERS))
+            array = pa.array(columns[field.name], field.type)
+        arrays.append(array)
+    return pa.RecordBatch.from_arrays(arrays, schema=TRANSFERS)
+
+
+_pack = msgspec.msgpack.Encoder().encode
+_STORED = [field.name for field in TRANSFERS if field.name not in ("tsn", "booked_at")]

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 from sqlalchemy import Connection, Row, Select, delete, func, select, update
 
 from market.ledger import tables
+from market.ledger.journal import transfers_batch
 from market.ledger.log import leaf_bytes, leaf_hash
-from market.ledger.schema import BATCH, ENVELOPE, TRANSFERS, USAGE, decode
+from market.ledger.schema import ENVELOPE, TRANSFERS, USAGE, decode
 
 ROWS_PER_PART = 65_536
 PREPARED, PUBLISHED = "prepared", "published"
@@ -101,7 +102,7 @@ def read_columns(path: Path, columns: list[str]) -> pa.Table:
 
 
 def _usage_batch(entry: Row[Any]) -> pa.RecordBatch:
-    batch = decode(entry.usage, BATCH)
+    batch = decode(entry.usage)
     count = batch.num_rows
     envelope = {
         "lsn": pa.array(range(entry.lsn_lo, entry.lsn_lo + count), pa.int64()),
@@ -115,7 +116,7 @@ def _usage_batch(entry: Row[Any]) -> pa.RecordBatch:
 
 
 def _transfers_batch(entry: Row[Any]) -> pa.RecordBatch:
-    return decode(entry.transfers, TRANSFERS)
+    return transfers_batch(entry.transfers, entry.tsn_lo, entry.booked_at)
 
 
 def sealed_until(connection: Connection, dataset: Dataset) -> int:

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import msgspec
 
+from market import crash
 from market.config import UsageSync
 from market.errors import Conflict, InvalidRequest, MarketError, MarketFault, Overloaded
 from market.ledger.schema import encode_batch
@@ -129,6 +130,7 @@ class Producer:
             except OSError as error:
                 logger.error("spool of %s: %s; trying again", self._name, error)
                 await asyncio.sleep(FULL_DISK_RETRY_S)
+        crash.reach("spooled")
         self._waiting.append(record)
         self._gathered.set()
         if len(self._waiting) >= FULL_BATCH:
@@ -188,6 +190,7 @@ class Producer:
             logger.error("%s cannot send any more: %s", self._name, error)
             self._failed = f"cannot send any more ({error.code}): {error}"
             raise
+        crash.reach("acknowledged")
         for _ in batch:
             self._waiting.popleft()
         self._spool.trim(self._booked)
@@ -220,6 +223,7 @@ async def sweep(ledger: UsageLedger, folder: Path, name: str) -> None:
             logger.error("%s was not booked: %s", orphan.path.name, error)
             orphan.path.rename(orphan.path.with_suffix(".refused"))
             continue
+        crash.reach("swept")
         orphan.path.unlink()
         swept.add(orphan.producer)
     for producer in sorted(swept - {name}):
@@ -261,9 +265,7 @@ async def send(
     except MarketError as error:
         logger.error("hold of %s is in disorder: %s", empty.request_id, error)
     attrs = (*empty.attrs, ("refused_request", empty.request_id or ""))
-    nameless = msgspec.structs.replace(
-        empty, request_id=None, slice_id=None, attrs=attrs
-    )
+    nameless = msgspec.structs.replace(empty, request_id=None, slice_id=None, attrs=attrs)
     return await _append(ledger, identity, first_seq, [nameless])
 
 

@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sqlalchemy import Connection
 
+from market import crash
 from market.errors import MarketFault
-from market.ledger import crash, files, manifest
+from market.ledger import files, manifest
 from market.ledger.digest import leaf_hashes, rows_root
 from market.ledger.manifest import KEYS, MONEY_COLUMNS, SCHEMAS, Dataset, Part, Sealable
 from market.ledger.rating import money_column

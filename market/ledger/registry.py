@@ -71,6 +71,12 @@ def add_key(
             f"market tenants create {principal.subject_id}",
             code="tenant_not_found",
         )
+    if principal.role is Role.PROVIDER and principal.subject_id not in list_providers(connection):
+        raise NotFound(
+            f"provider {principal.subject_id!r} does not exist; create it with: "
+            f"market providers create {principal.subject_id}",
+            code="provider_not_found",
+        )
     connection.execute(
         tables.api_keys.insert().values(
             api_key_id=principal.api_key_id,

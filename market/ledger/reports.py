@@ -144,6 +144,8 @@ def parse_period(text: str) -> tuple[datetime, datetime]:
 
 def _rows(snapshot: Snapshot, sql: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
     with snapshot.connect() as connection:
-        cursor = connection.execute(sql, parameters)
-        names = [column[0] for column in cursor.description or []]
-        return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+        # Through Arrow: DuckDB's own rows need another library for times with a zone.
+        rows: list[dict[str, Any]] = (
+            connection.sql(sql, params=parameters).to_arrow_table().to_pylist()
+        )
+        return rows

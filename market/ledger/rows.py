@@ -27,6 +27,19 @@ def account_from(row: Row[tuple[object, ...]]) -> Account:
     return Account(**{**values, "side": Side(values["side"])})
 
 
+def account_row(account: Account) -> dict[str, object]:
+    """The row of an account."""
+    return {
+        "account_id": account.account_id,
+        "side": account.side,
+        "may_overdraw": account.may_overdraw,
+        "currency": account.currency,
+        "debits_pico": account.debits_pico,
+        "credits_pico": account.credits_pico,
+        "held_pico": account.held_pico,
+    }
+
+
 def hold_row(hold: Hold) -> dict[str, object]:
     """The row of a hold; what a record needs if its gateway dies goes in as JSON."""
     request = asdict(hold.request)

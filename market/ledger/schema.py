@@ -78,10 +78,7 @@ TRANSFERS = pa.schema(
 
 # Bytes in front of every payload. Batches carry no schema of their own (it would outweigh a short
 # batch), so one of another version must be told by this.
-MAGICS = {
-    id(schema): hashlib.sha256(schema.serialize().to_pybytes()).digest()[:8]
-    for schema in (BATCH, TRANSFERS)
-}
+MAGIC = hashlib.sha256(BATCH.serialize().to_pybytes()).digest()[:8]
 _PLACES = {name: place for place, name in enumerate(UsageRecord.__struct_fields__)}
 _CHARGE = _PLACES["charge_pico"]
 
@@ -102,18 +99,17 @@ def encode_batch(records: Sequence[UsageRecord]) -> bytes:
 
 
 def encode(batch: pa.RecordBatch) -> bytes:
-    """One record batch of BATCH or TRANSFERS as bytes, without its schema."""
-    schema = BATCH if batch.num_columns == len(BATCH) else TRANSFERS
+    """A record batch of BATCH as a payload."""
     message: bytes = batch.serialize().to_pybytes()
-    return MAGICS[id(schema)] + message
+    return MAGIC + message
 
 
-def decode(payload: bytes, schema: pa.Schema) -> pa.RecordBatch:
+def decode(payload: bytes) -> pa.RecordBatch:
     """The batch in ``payload``. Raises InvalidRequest if it is damaged or of another version."""
-    if payload[:8] != MAGICS[id(schema)]:
+    if payload[:8] != MAGIC:
         raise InvalidRequest("a batch of another schema version: gateway and ledger must match")
     try:
-        batch = pa.ipc.read_record_batch(pa.py_buffer(payload)[8:], schema)
+        batch = pa.ipc.read_record_batch(pa.py_buffer(payload)[8:], BATCH)
         batch.validate()
     except (pa.ArrowInvalid, OSError) as error:
         raise InvalidRequest(f"a damaged batch: {error}") from error

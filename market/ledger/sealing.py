@@ -8,9 +8,10 @@ from functools import partial
 
 from sqlalchemy import Connection, delete, select
 
+from market import crash
 from market.accounts import HoldState
 from market.config import Config
-from market.ledger import crash, files, manifest, tables
+from market.ledger import files, manifest, tables
 from market.ledger.compaction import Compactor
 from market.ledger.log import Frontier, Signer
 from market.ledger.manifest import Dataset

@@ -325,9 +325,12 @@ class Ledger:
         """Recompute everything; ``finding`` is None or the first thing that is wrong."""
         return await self._auditor.verify()
 
-    async def prove(self, request_id: str) -> dict[str, Any]:
-        """An inclusion proof of a request's row. Raises NotFound."""
-        return await self._auditor.prove(request_id)
+    async def prove(self, request_id: str, size: int | None = None) -> dict[str, Any]:
+        """An inclusion proof of a request's row, by default in the log as it is now.
+
+        Raises NotFound.
+        """
+        return await self._auditor.prove(request_id, size)
 
     async def settle(self, period: str, made_by: str, dry_run: bool = False) -> dict[str, Any]:
         """Close a month, if the ledger verifies; closing it again changes nothing.

@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sqlalchemy import Connection, Row, select
 
+from market import crash
 from market import settlement as rules
 from market.config import Config
 from market.errors import InvalidRequest, MarketFault
-from market.ledger import crash, files, manifest, tables
+from market.ledger import files, manifest, tables
 from market.ledger.manifest import Dataset, Part
 from market.ledger.reports import parse_period
 from market.ledger.schema import MONEY

@@ -8,17 +8,26 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, bindparam, select, update
 
 from market import accounts as rules
 from market.accounts import Account, Books, Hold, HoldState
 from market.ledger import registry, tables
-from market.ledger.rows import account_from, hold_from, hold_row, rows_by_key
+from market.ledger.rows import account_from, account_row, hold_from, hold_row, rows_by_key
 from market.pricing import NO_PRICE
 from market.storage import upsert
 from market.types import CURRENCY, RateCard
 
 ACCOUNTS_KEPT = 100_000
+_CHANGE_HOLD = (
+    update(tables.holds)
+    .where(tables.holds.c.hold_id == bindparam("id"))
+    .values(
+        state=bindparam("now_state"),
+        posted_pico=bindparam("now_posted"),
+        changed_at=bindparam("now"),
+    )
+)
 
 
 @dataclass
@@ -54,6 +63,7 @@ class State:
     cards: dict[str, RateCard] = field(default_factory=dict)
     visited_holds: set[str] = field(default_factory=set)
     dirty_accounts: set[str] = field(default_factory=set)
+    new_holds: set[str] = field(default_factory=set)
     dirty_holds: set[str] = field(default_factory=set)
     dirty_producers: set[str] = field(default_factory=set)
     dirty_leases: set[tuple[str, str]] = field(default_factory=set)
@@ -95,10 +105,12 @@ class State:
 
     def keep(self, books: Books) -> None:
         """Take over what a step changed."""
+        for name in books.changed_holds:
+            unknown = name not in self.holds or name in self.new_holds
+            (self.new_holds if unknown else self.dirty_holds).add(name)
         self.accounts.update(books.changed_accounts)
         self.holds.update(books.changed_holds)
         self.dirty_accounts.update(books.changed_accounts)
-        self.dirty_holds.update(books.changed_holds)
 
     def set_producer(self, producer: str, mark: ProducerMark) -> None:
         """Advance a producer."""
@@ -113,12 +125,24 @@ class State:
     def flush(self, connection: Connection, now: datetime) -> None:
         """Write back what changed; drop holds that have ended and accounts beyond the limit."""
         if self.dirty_accounts:
-            rows = [asdict(self.accounts[name]) for name in sorted(self.dirty_accounts)]
+            rows = [account_row(self.accounts[name]) for name in sorted(self.dirty_accounts)]
             upsert(connection, tables.accounts, rows)
+        if self.new_holds:
+            opened = [self.holds[name] for name in sorted(self.new_holds)]
+            rows = [hold_row(hold) | {"changed_at": now} for hold in opened]
+            connection.execute(tables.holds.insert(), rows)
         if self.dirty_holds:
             changed = [self.holds[name] for name in sorted(self.dirty_holds)]
-            rows = [hold_row(hold) | {"changed_at": now} for hold in changed]
-            upsert(connection, tables.holds, rows)
+            rows = [
+                {
+                    "id": hold.request.hold_id,
+                    "now_state": hold.state,
+                    "now_posted": hold.posted_pico,
+                    "now": now,
+                }
+                for hold in changed
+            ]
+            connection.execute(_CHANGE_HOLD, rows)
         if self.dirty_producers:
             rows = [
                 {"producer": name, **asdict(self.producers[name])}
@@ -136,12 +160,12 @@ class State:
         self._settle_down()
 
     def _settle_down(self) -> None:
-        for name in self.dirty_holds | self.visited_holds:
+        for name in self.dirty_holds | self.new_holds | self.visited_holds:
             if self.holds[name].state is not HoldState.PENDING:
                 del self.holds[name]
         if len(self.accounts) > ACCOUNTS_KEPT:
             self.accounts.clear()
-        for names in (self.visited_holds, self.dirty_accounts, self.dirty_holds):
+        for names in (self.visited_holds, self.dirty_accounts, self.new_holds, self.dirty_holds):
             names.clear()
         self.dirty_producers.clear()
         self.dirty_leases.clear()

@@ -110,10 +110,9 @@ def _lines(
     )
     names = [column[0] for column in cursor.description or []]
     lines = [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
-    return tuple(
-        UsageLine(**line, fee=None if fees is None else fees.get((line["model"], line["lane"]), ZERO))
-        for line in lines
-    )
+    for line in lines:
+        line["fee"] = None if fees is None else fees.get((line["model"], line["lane"]), ZERO)
+    return tuple(UsageLine(**line) for line in lines)
 
 
 def _fees(who: tuple[Party, str], sealed: dict[str, Any]) -> dict[tuple[str, str], Decimal] | None:

@@ -6,10 +6,10 @@ are in market.accounts, market.pricing and rating; here they meet rows.
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from sqlalchemy import Connection, select
@@ -19,9 +19,9 @@ from market import pricing
 from market.accounts import Account, Books, Hold, HoldResult, HoldState, Transfer, TransferKind
 from market.errors import Conflict, InvalidRequest
 from market.ledger import journal, registry, tables
-from market.ledger.rating import require_tokens
+from market.ledger.rating import money_column, require_tokens
 from market.ledger.rows import account_from
-from market.ledger.schema import BATCH, decode, encode, encode_batch
+from market.ledger.schema import decode, encode, encode_batch
 from market.ledger.state import ProducerMark, State
 from market.ports import Clock
 from market.types import (
@@ -190,7 +190,7 @@ class LedgerStore:
                 f"{producer} sent records from {first_seq}, expected {next_seq}",
                 code="sequence_gap",
             )
-        batch = decode(payload, BATCH)
+        batch = decode(payload)
         if batch.num_rows > BATCH_MAX:
             raise InvalidRequest(f"a batch of {batch.num_rows} records; at most {BATCH_MAX}")
         end = first_seq + int(batch.num_rows)
@@ -230,8 +230,8 @@ class LedgerStore:
             owed[tenant_id, provider_id, currency] += charge_pico
         for (tenant_id, provider_id, currency), amount_pico in owed.items():
             if amount_pico:
-                transfer = _charge(tenant_id, provider_id, amount_pico, (lsn_lo, lsn_hi))
-                transfer = replace(transfer, currency=currency)
+                parties = (tenant_id, provider_id, currency)
+                transfer = _charge(parties, amount_pico, (lsn_lo, lsn_hi))
                 status = books.transfer(transfer)
                 if status is not rules.TransferStatus.CREATED:
                     raise InvalidRequest(f"{transfer.transfer_id} refused: {status}")
@@ -357,7 +357,7 @@ class LedgerStore:
         """Book records that the ledger itself makes; returns (first, last) lsn."""
         mark = self.mark(LEDGER_PRODUCER)
         payload = encode_batch(records)
-        batch = decode(payload, BATCH)
+        batch = decode(payload)
         arrived = journal.Arrived(LEDGER_PRODUCER, mark.epoch, mark.next_seq, batch, payload)
         booked = self.book(connection, arrived)
         advanced = ProducerMark(mark.epoch, mark.next_seq + len(records))
@@ -403,18 +403,31 @@ class LedgerStore:
 
 
 _CORRECTIONS = (RecordKind.REVERSAL, RecordKind.ADJUSTMENT)
+_CHARGED = ("tenant_id", "provider_id", "currency", "slice_id")
 _GPU_COLUMNS = ["lease_id", "slice_id", "price_id", "gpu_us", "charge"]
 _OWN_COLUMNS = ["request_id", "tenant_id", "charge", "usage_quality"]
 
 
 def _charges(batch: pa.RecordBatch) -> list[tuple[str, str, str, str | None, int]]:
     """(tenant, provider, currency, shared hold, charge in pico units) summed over the batch."""
-    keys = ["tenant_id", "provider_id", "currency", "slice_id"]
-    table = pa.Table.from_batches([batch.select([*keys, "charge"])])
-    grouped = table.group_by(keys, use_threads=False).aggregate([("charge", "sum")])
-    columns = [grouped[key].to_pylist() for key in keys]
-    picos = [int(amount.scaleb(12)) for amount in grouped["charge_sum"].to_pylist()]
-    return list(zip(*columns, picos, strict=True))
+    charges = money_column(batch["charge"])
+    keys = [batch[name].dictionary_encode("encode") for name in _CHARGED]
+    codes = np.zeros(len(charges), np.int64)
+    for key in keys:
+        codes = codes * len(key.dictionary) + key.indices.to_numpy()
+    _, firsts, places = np.unique(codes, return_index=True, return_inverse=True)
+    if charges.dtype == object:
+        sums = [int(charges[places == group].sum()) for group in range(len(firsts))]
+    else:
+        # Halves of 32 bits: their sums are exact in floats, whole charges would not be.
+        low = np.bincount(places, (charges & 0xFFFFFFFF).astype(np.float64))
+        high = np.bincount(places, (charges >> 32).astype(np.float64))
+        sums = [(int(upper) << 32) + int(lower) for upper, lower in zip(high, low, strict=True)]
+    chosen = []
+    for key in keys:
+        names = key.dictionary.to_pylist()
+        chosen.append([names[code] for code in key.indices.to_numpy()[firsts]])
+    return list(zip(*chosen, sums, strict=True))
 
 
 def _own_hold_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
@@ -426,9 +439,10 @@ def _own_hold_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
 
 
 def _charge(
-    tenant_id: str, provider_id: str, amount_pico: int, lsn_range: tuple[int, int]
+    parties: tuple[str, str, str], amount_pico: int, lsn_range: tuple[int, int]
 ) -> Transfer:
     """What a batch moves between a tenant and a provider; a correction moves it back."""
+    tenant_id, provider_id, currency = parties
     tenant, provider = rules.tenant_account(tenant_id), rules.provider_account(provider_id)
     charged = amount_pico > 0
     return Transfer(
@@ -437,7 +451,7 @@ def _charge(
         debit_account=tenant if charged else provider,
         credit_account=provider if charged else tenant,
         amount_pico=abs(amount_pico),
-        currency=CURRENCY,
+        currency=currency,
         reason="usage" if charged else "correction",
         made_by=LEDGER_PRODUCER,
         lsn_lo=lsn_range[0],

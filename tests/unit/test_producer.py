@@ -12,7 +12,7 @@ from market.errors import MarketFault, Overloaded
 from market.fakes import FakeClock, MemoryLedger
 from market.ledger import spool
 from market.ledger.producer import Producer
-from market.ledger.schema import BATCH, decode
+from market.ledger.schema import decode
 from market.pricing import NO_PRICE
 from market.types import FinishReason, UsageQuality, UsageRecord
 from tests.contracts.test_ledger import CHARGE, WANTED, record
@@ -28,7 +28,7 @@ class WireLedger(MemoryLedger):
         self.batches = []
 
     async def append(self, producer, epoch, first_seq, payload):
-        rows = decode(payload, BATCH).to_pylist()
+        rows = decode(payload).to_pylist()
         self.batches.append((producer, epoch, first_seq, len(rows)))
         mishap = self.mishaps.pop(0) if self.mishaps else None
         if isinstance(mishap, Exception):

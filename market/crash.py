@@ -6,15 +6,25 @@
 import os
 import signal
 
-_point, _, _count = os.environ.get("MARKET_CRASH", "").partition(":")
-_left = int(_count or 1)
+_point = ""
+_left = 0
+
+
+def arm(plan: str) -> None:
+    """Kill this process at ``point:n``; an empty plan never kills."""
+    global _point, _left
+    _point, _, count = plan.partition(":")
+    _left = int(count or 1)
 
 
 def reach(point: str) -> None:
-    """A step of publishing, compaction, settlement or recovery lies behind us."""
+    """A step lies behind us."""
     global _left
     if point != _point:
         return
     _left -= 1
     if _left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+arm(os.environ.get("MARKET_CRASH", ""))

@@ -1,0 +1,28 @@
+"""``market providers``: who sells GPUs."""
+
+from typing import Annotated
+
+import typer
+
+from market.cli.output import Output, OutputOption, show
+
+app = typer.Typer(help="Providers, who sell GPUs.", no_args_is_help=True)
+
+
+@app.command(epilog="Example: market providers create gpu-farm")
+def create(
+    provider: Annotated[str, typer.Argument(help="Name of the provider.")],
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Make a provider with empty accounts (again is harmless)."""
+    from market.cli.api import request
+
+    show(output, request("POST", "/providers", json={"provider_id": provider}))
+
+
+@app.command("ls", epilog="Example: market providers ls")
+def list_providers(output: OutputOption = Output.TABLE) -> None:
+    """List providers."""
+    from market.cli.api import request
+
+    show(output, request("GET", "/providers"), empty="no providers")

@@ -1,0 +1,287 @@
+"""``/market/v1``: usage, requests, refunds, settlement, statements, proofs; and ``/v1/usage``."""
+
+import uuid
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from fastapi.responses import Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from market import pricing
+from market.errors import InvalidRequest
+from market.ledger.refunds import Refund
+from market.ledger.reports import BUCKETS, BUCKETS_MAX, UsageQuery, parse_when
+from market.ledger.statement import Party
+from market.types import CURRENCY, Principal, Role
+from serve_apps.auth import require_operator, require_provider, require_subject
+from serve_apps.http import Caller, With
+
+router = APIRouter()
+
+OWN = "/market/v1"
+ARROW_STREAM = "application/vnd.apache.arrow.stream"
+MEDIA_TYPES = {
+    "json": "application/json",
+    "csv": "text/csv; charset=utf-8",
+    "html": "text/html; charset=utf-8",
+    "parquet": "application/vnd.apache.parquet",
+}
+
+
+class NewRefund(BaseModel):
+    """Body of ``POST /tenants/{id}/refunds``; ``refund_id`` makes it safe to repeat."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    reason: Annotated[str, Field(min_length=1, max_length=500)]
+    request_id: str | None = None
+    amount: str | None = None
+    provider_id: str | None = None
+    refund_id: Annotated[str, Field(min_length=1, max_length=100)] = Field(
+        default_factory=lambda: uuid.uuid4().hex
+    )
+
+
+class NewSettlement(BaseModel):
+    """Body of ``POST /settlements``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    period: str
+    dry_run: bool = False
+
+
+@router.get(f"{OWN}/usage")
+async def usage(
+    services: With,
+    caller: Caller,
+    by: Annotated[str, Query()] = "model",
+    tenant: Annotated[str | None, Query()] = None,
+    model: Annotated[str | None, Query()] = None,
+    since: Annotated[str | None, Query()] = None,
+    until: Annotated[str | None, Query()] = None,
+) -> list[dict[str, Any]]:
+    """Requests, tokens, GPU time and charges per group, of every booked row."""
+    now = services.clock.now()
+    query = UsageQuery(
+        by=tuple(part.strip() for part in by.split(",") if part.strip()),
+        tenant=_own_tenant(caller, tenant),
+        model=model,
+        since=None if since is None else parse_when(since, now, "since"),
+        until=None if until is None else parse_when(until, now, "until"),
+    )
+    return [_plain(row) for row in await services.ledger.usage(query)]
+
+
+@router.get("/v1/usage")
+async def usage_buckets(
+    services: With,
+    caller: Caller,
+    start_time: Annotated[int, Query(ge=0)],
+    end_time: Annotated[int | None, Query(ge=0)] = None,
+    bucket_width: Annotated[str, Query()] = "1d",
+    group_by: Annotated[list[str] | None, Query()] = None,
+    models: Annotated[list[str] | None, Query()] = None,
+) -> dict[str, Any]:
+    """Usage per time bucket, in the shape of OpenAI's usage API; times are Unix seconds."""
+    groups = group_by or []
+    if bucket_width not in BUCKETS:
+        raise InvalidRequest(f"bucket_width {bucket_width!r}: choose from {', '.join(BUCKETS)}")
+    if models is not None and len(models) != 1:
+        raise InvalidRequest("models: ask for one model at a time, or group_by=model")
+    step = BUCKETS[bucket_width]
+    first = start_time // step * step
+    end = int(services.clock.now().timestamp()) + 1 if end_time is None else end_time
+    if not first < end <= first + step * BUCKETS_MAX:
+        raise InvalidRequest(
+            f"start_time to end_time must be 1 to {BUCKETS_MAX} buckets of {bucket_width}"
+        )
+    query = UsageQuery(
+        by=(),
+        tenant=_own_tenant(caller, None),
+        model=models[0] if models else None,
+        since=datetime.fromtimestamp(start_time, UTC),
+        until=datetime.fromtimestamp(end, UTC),
+    )
+    rows = await services.ledger.usage_buckets(query, bucket_width, groups)
+    results: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        results.setdefault(row["start_time"], []).append(_bucket_result(row, groups))
+    data = [
+        {
+            "object": "bucket",
+            "start_time": start,
+            "end_time": start + step,
+            "results": results.get(start, []),
+        }
+        for start in range(first, end, step)
+    ]
+    return {"object": "page", "data": data, "has_more": False, "next_page": None}
+
+
+def _bucket_result(row: dict[str, Any], groups: list[str]) -> dict[str, Any]:
+    return {
+        "object": "organization.usage.completions.result",
+        "input_tokens": row["input_tokens"],
+        "input_cached_tokens": row["cached_input_tokens"],
+        "input_uncached_tokens": row["input_tokens"] - row["cached_input_tokens"],
+        "output_tokens": row["output_tokens"],
+        "num_model_requests": row["requests"],
+        "cost": {"value": format(row["charge"], "f"), "currency": row["currency"].lower()},
+        **{name: row.get(name) for name in ("project_id", "api_key_id", "model")},
+        "user_id": None,
+    }
+
+
+@router.get(f"{OWN}/requests/{{request_id}}")
+async def request(request_id: str, services: With, caller: Caller) -> dict[str, Any]:
+    """What a request used and cost, and what was given back of it."""
+    rows = await services.ledger.request(request_id)
+    require_subject(caller, rows[0]["tenant_id"])
+    charge = sum((row["charge"] for row in rows), Decimal(0))
+    return {
+        **_plain(rows[0]),
+        "charge_after_corrections": format(charge, "f"),
+        "corrections": [_plain(row) for row in rows[1:]],
+    }
+
+
+@router.post(f"{OWN}/tenants/{{tenant_id}}/refunds")
+async def refund(tenant_id: str, body: NewRefund, services: With, caller: Caller) -> dict[str, Any]:
+    """Give money back: a request, part of it, or an adjustment; a new row says who and why."""
+    require_operator(caller)
+    amount = None if body.amount is None else pricing.parse_money(body.amount)
+    await services.ledger.balance(tenant_id)
+    booked = await services.ledger.refund(
+        Refund(
+            refund_id=body.refund_id,
+            tenant_id=tenant_id,
+            reason=body.reason,
+            made_by=caller.api_key_id,
+            request_id=body.request_id,
+            amount_pico=amount,
+            provider_id=body.provider_id,
+        )
+    )
+    balance = await services.ledger.balance(tenant_id)
+    return {
+        "tenant_id": tenant_id,
+        **booked,
+        "balance": pricing.format_money(balance.balance_pico),
+        "currency": CURRENCY,
+    }
+
+
+@router.post(f"{OWN}/settlements")
+async def settle(body: NewSettlement, services: With, caller: Caller) -> dict[str, Any]:
+    """Close a month after verifying the ledger; with ``dry_run`` show what it would be."""
+    require_operator(caller)
+    return await services.ledger.settle(body.period, caller.api_key_id, body.dry_run)
+
+
+@router.get(f"{OWN}/statements/{{party}}/{{name}}")
+async def statement(
+    party: Party,
+    name: str,
+    services: With,
+    caller: Caller,
+    period: Annotated[str, Query()],
+    form: Annotated[str, Query(alias="format")] = "json",
+) -> Response:
+    """What a tenant or provider had, used and paid in a month; json, csv or html."""
+    (require_subject if party is Party.TENANT else require_provider)(caller, name)
+    text = await services.ledger.statement_as(party, name, period, form)
+    return Response(text, media_type=MEDIA_TYPES[form])
+
+
+@router.get(f"{OWN}/ledger/live")
+async def live(
+    services: With,
+    caller: Caller,
+    dataset: Annotated[str, Query()] = "usage",
+    after: Annotated[int, Query(ge=0)] = 0,
+) -> Response:
+    """Rows beyond number ``after`` as an Arrow stream: what a reader of the files lacks."""
+    require_operator(caller)
+    if dataset not in ("usage", "transfers"):
+        raise InvalidRequest(f"there is no ledger {dataset!r}; choose usage or transfers")
+    return Response(await services.ledger.live(dataset, after), media_type=ARROW_STREAM)
+
+
+@router.get(f"{OWN}/ledger/focus")
+async def focus(
+    services: With,
+    caller: Caller,
+    period: Annotated[str, Query()],
+    version: Annotated[str, Query()] = "1.2",
+    form: Annotated[str, Query(alias="format")] = "parquet",
+    tenant: Annotated[str | None, Query()] = None,
+) -> Response:
+    """A month in the FOCUS format, as a parquet or csv file."""
+    if form not in ("parquet", "csv"):
+        raise InvalidRequest(f"format {form!r} is not known; choose parquet or csv")
+    own = _own_tenant(caller, tenant)
+    content = await services.ledger.focus(period, version, form, own)
+    return Response(content, media_type=MEDIA_TYPES[form])
+
+
+@router.post(f"{OWN}/ledger/verify")
+async def verify(services: With, caller: Caller) -> dict[str, Any]:
+    """Recompute everything; ``finding`` is null or the first thing that is wrong."""
+    require_operator(caller)
+    return await services.ledger.verify()
+
+
+@router.post(f"{OWN}/ledger/compact")
+async def compact(services: With, caller: Caller) -> dict[str, Any]:
+    """Make each closed day one file."""
+    require_operator(caller)
+    return {"files": await services.ledger.compact()}
+
+
+@router.get(f"{OWN}/ledger/checkpoint")
+async def checkpoint(services: With, _caller: Caller) -> dict[str, str]:
+    """A signed note of everything public: keep it, it proves that nothing was rewritten."""
+    return {"checkpoint": await services.ledger.checkpoint()}
+
+
+@router.get(f"{OWN}/ledger/proofs/{{request_id}}")
+async def prove(
+    request_id: str,
+    services: With,
+    caller: Caller,
+    size: Annotated[int | None, Query(ge=1)] = None,
+) -> dict[str, Any]:
+    """That a request's row is in the ledger; scripts/verify_proof.py checks it."""
+    rows = await services.ledger.request(request_id)
+    require_subject(caller, rows[0]["tenant_id"])
+    return await services.ledger.prove(request_id, size)
+
+
+def _own_tenant(caller: Principal, tenant: str | None) -> str | None:
+    """The tenant whose rows to show: operators may see all, others themselves."""
+    if caller.role is Role.OPERATOR:
+        return tenant
+    wanted = caller.subject_id if tenant is None else tenant
+    require_subject(caller, wanted)
+    return wanted
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """A row for JSON: exact decimals and times as text."""
+    plain: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, Decimal):
+            plain[name] = format(value, "f")
+        elif isinstance(value, datetime):
+            moment = value if value.tzinfo else value.replace(tzinfo=UTC)
+            plain[name] = moment.astimezone(UTC).isoformat()
+        elif name == "attrs":
+            plain[name] = dict(value or {})
+        elif value is None or isinstance(value, int | str | dict):
+            plain[name] = value
+        else:
+            plain[name] = str(value)
+    return plain
