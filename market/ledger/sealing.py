@@ -40,7 +40,8 @@ class Sealer:
         self.publisher = Publisher(config.ledger_dir, config.staging_dir)
         self.compactor = Compactor(self.publisher, config.staging_dir)
         self._publishing = asyncio.Lock()
-        # Whoever reads files by name for long holds this: compaction waits for it.
+        # Whoever reads files by name or the journal for long holds this: compaction and pruning
+        # wait for it.
         self.files_stay = asyncio.Lock()
         self._frontier = Frontier()
         self._signed_at: datetime | None = None
@@ -101,8 +102,10 @@ class Sealer:
         await self.compact()
         now = self._clock.now()
         await self._writer.on_files(self.compactor.clear_graves, now)
-        while await self._writer.submit(lambda c: prune_journal(c, state, now - JOURNAL_KEPT)):
-            pass
+        async with self.files_stay:
+            prune = partial(prune_journal, state=state, before=now - JOURNAL_KEPT)
+            while await self._writer.submit(prune):
+                pass
         while await self._writer.submit(lambda c: prune_holds(c, now - HOLDS_KEPT)):
             pass
         if self._signed_at is None or now - self._signed_at >= CHECKPOINT_EVERY:

@@ -80,7 +80,8 @@ def take(connection: Connection, publisher: Publisher, cards: dict[str, RateCard
 def gone(error: Exception) -> bool:
     """Whether a query failed because compaction took a file away: the next snapshot has it."""
     return isinstance(error, FileNotFoundError) or (
-        isinstance(error, duckdb.IOException) and "No files found" in str(error)
+        isinstance(error, duckdb.IOException)
+        and any(words in str(error) for words in ("No files found", "No such file"))
     )
 
 

@@ -162,7 +162,6 @@ def upgrade() -> None:
         sa.Column("settlement_id", sa.String(), nullable=False),
         sa.Column("lsn_after", sa.BigInteger(), nullable=False),
         sa.Column("lsn_until", sa.BigInteger(), nullable=False),
-        sa.Column("tsn_until", sa.BigInteger(), nullable=False),
         sa.Column("fee_bps", sa.Integer(), nullable=False),
         sa.Column("sha256", sa.String(), nullable=False),
         sa.Column("rows", sa.BigInteger(), nullable=False),
