@@ -73,6 +73,8 @@ class Meter:
         self._cached_input_tokens = 0
         self._output_tokens = 0
         self.claimed_output_tokens: int | None = None
+        self._replica: str | None = None
+        self._served_tokens: int | None = None
         self.dispatched_s: float | None = None
         self.first_token_s: float | None = None
 
@@ -88,6 +90,18 @@ class Meter:
         self._output_tokens += len(chunk.token_ids)
         self._cached_input_tokens = _within(chunk.counts.cached_input_tokens, self._input_tokens)
         self.claimed_output_tokens = _within(chunk.counts.output_tokens, CLAIM_MAX)
+        if chunk.replica is not None:
+            self._replica = chunk.replica
+        if chunk.served_tokens is not None:
+            self._served_tokens = chunk.served_tokens
+
+    def evidence(self) -> tuple[tuple[str, str], ...]:
+        """Which replica answered, and its own total: the ledger compares it with its rows."""
+        if self._replica is None:
+            return ()
+        if self._served_tokens is None:
+            return (("replica", self._replica),)
+        return ("replica", self._replica), ("served_tokens", str(self._served_tokens))
 
     def elapsed_ms(self, until_s: float | None) -> int | None:
         """Milliseconds from the request's arrival; None if it never came so far."""
@@ -348,4 +362,5 @@ def make_record(
         queue_ms=meter.elapsed_ms(meter.dispatched_s),
         ttft_ms=meter.elapsed_ms(meter.first_token_s),
         duration_ms=meter.elapsed_ms(finished_s),
+        attrs=meter.evidence(),
     )

@@ -139,13 +139,16 @@ class EngineRequest:
 class EngineChunk:
     """A piece of an answer. The counts are the engine's own and cumulative.
 
-    ``finish_reason`` is None until the last chunk; then ``stop`` or ``length``.
+    ``finish_reason`` is None until the last chunk; then ``stop`` or ``length``. The first chunk
+    names its ``replica``; a last one may say how many tokens that has delivered in all streams.
     """
 
     text: str
     token_ids: tuple[int, ...]
     counts: TokenCounts
     finish_reason: FinishReason | None = None
+    replica: str | None = None
+    served_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

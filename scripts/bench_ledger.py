@@ -53,8 +53,19 @@ from market.ledger.producer import BATCH_DELAY_S, FULL_BATCH, REQUESTS_PER_EPOCH
 from market.ledger.schema import BATCH, MONEY, decode, encode, encode_batch
 from market.ledger.service import Ledger
 from market.ledger.spool import Spool
-from market.types import CURRENCY, EngineChunk, FinishReason, HoldRequest, Lane, Principal
-from market.types import Role, Route, Sampling, TokenCounts, UsageRecord
+from market.types import (
+    CURRENCY,
+    EngineChunk,
+    FinishReason,
+    HoldRequest,
+    Lane,
+    Principal,
+    Role,
+    Route,
+    Sampling,
+    TokenCounts,
+    UsageRecord,
+)
 
 BATCHES = (1, 100, 1_000, 10_000)
 CLIENTS = 4

@@ -24,6 +24,7 @@ WIDTHS = {"int64": 8, "int32": 4, "int128": 16}
 
 
 def sha256(*parts):
+    """Digest of the parts one after the other."""
     return hashlib.sha256(b"".join(parts)).digest()
 
 

@@ -14,6 +14,7 @@ from market.ledger.producer import Producer
 from serve_apps.auth import Authenticator
 from serve_apps.http import Services, create_app
 from serve_apps.live import LiveRoutes
+from serve_apps.metrics import CountingSink, Metrics
 
 ONGOING_MAX = 10_000
 DRAIN_S = 60
@@ -31,11 +32,20 @@ class Gateway:
         clock = SystemClock()
         self._producer = Producer(ledger, PRODUCER, config.spool_dir, config.usage_sync)
         await self._producer.start()
-        routes = LiveRoutes(config, scheduler, ledger, serve.get_app_handle)
-        self._inference = Inference(clock, ledger, self._producer, routes)
+        metrics = Metrics()
+        routes = LiveRoutes(config, scheduler, ledger, serve.get_app_handle, metrics.unpriced)
+        sink = CountingSink(self._producer, metrics)
+        self._inference = Inference(clock, ledger, sink, routes)
         self._refreshing = asyncio.create_task(routes.refresh_forever())
         self._services = Services(
-            config, clock, ledger, scheduler, routes, self._inference, Authenticator(ledger)
+            config,
+            clock,
+            ledger,
+            scheduler,
+            routes,
+            self._inference,
+            Authenticator(ledger),
+            metrics,
         )
 
     def __serve_build_asgi_app__(self) -> Any:

@@ -23,6 +23,7 @@ from market.scheduler.service import Scheduler
 from market.types import Principal
 from serve_apps.auth import Authenticator
 from serve_apps.live import LiveRoutes
+from serve_apps.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class Services:
     routes: LiveRoutes
     inference: Inference
     authenticator: Authenticator
+    metrics: Metrics
 
 
 def services_of(request: Request) -> Services:

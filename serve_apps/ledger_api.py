@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from fastapi.responses import Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ConfigDict, Field
 
 from market import pricing
@@ -258,6 +259,14 @@ async def prove(
     rows = await services.ledger.request(request_id)
     require_subject(caller, rows[0]["tenant_id"])
     return await services.ledger.prove(request_id, size)
+
+
+@router.get("/metrics")
+async def metrics(services: With, caller: Caller) -> Response:
+    """For Prometheus, with an operator's key (they say what the market earns)."""
+    require_operator(caller)
+    page = services.metrics.page(await services.ledger.status())
+    return Response(page, media_type=CONTENT_TYPE_LATEST)
 
 
 def _own_tenant(caller: Principal, tenant: str | None) -> str | None:

@@ -75,11 +75,13 @@ class LiveRoutes:
         scheduler: Scheduler,
         prices: Prices,
         handle_of: Callable[[str], Any],
+        on_unpriced: Callable[[str], None] = lambda _model: None,
     ) -> None:
         self._config = config
         self._scheduler = scheduler
         self._prices = prices
         self._handle_of = handle_of
+        self._on_unpriced = on_unpriced
         self._table = RouteTable((), ())
         self._cards: dict[str, tuple[RateCard, float]] = {}
         self._engines: dict[str, ReplicaEngine] = {}
@@ -149,6 +151,8 @@ class LiveRoutes:
             return cached[0]
         card = await self._prices.rate_card(model)
         if card is None:
+            logger.error("ALARM unpriced model: %s is deployed and has no price", model)
+            self._on_unpriced(model)
             raise NotFound(f"model {model} has no price", code="model_not_found", param="model")
         self._cards[model] = (card, time.monotonic() + PRICE_CACHE_S)
         return card

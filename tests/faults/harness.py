@@ -288,7 +288,7 @@ class Child:
                 signal.set_wakeup_fd(-1)
                 work(*arguments)
                 code = 0
-            except BaseException:
+            except BaseException:  # noqa: BLE001  # the parent sees the exit code
                 traceback.print_exc()
             finally:
                 os._exit(code)
@@ -369,8 +369,8 @@ def _torture(case: Case, children: list[Child], point: str | None) -> None:
         if rng.random() < 0.02 and ledger_kills > 0:
             ledger.killed_by_case = True
             ledger.kill()  # at any moment, named or not
-        if rng.random() < 0.05:
-            step = rng.choice((86_400, 3_600, -7_200, 40 * 86_400))
+        if rng.random() < 0.15:
+            step = rng.choice((86_400, 3_600, -7_200, 86_400, 40 * 86_400))
             case.set_clock(max(0, case.elapsed + step))
         reader.read()
     case.missing_files = reader.missing
@@ -378,7 +378,7 @@ def _torture(case: Case, children: list[Child], point: str | None) -> None:
 
 def _plan(rng: random.Random, points, point: str | None) -> str:
     chosen = point or rng.choice(points)
-    most = 60 if chosen in ("before-commit", "committed", "spooled") else 6
+    most = 60 if chosen in ("before-commit", "committed", "spooled") else 3
     return f"{chosen}:{rng.randint(1, most)}"
 
 
@@ -442,7 +442,8 @@ class Reader:
             self.missing += 1
             return
         except (duckdb.IOException, pl.exceptions.ComputeError) as error:
-            assert "No such file" in str(error) or "No files found" in str(error), error
+            if not any(words in str(error) for words in ("No such file", "No files found")):
+                raise
             self.missing += 1
             return
         self._case.reads += 1

@@ -13,6 +13,7 @@ from market.keys import hash_key, key_id, new_key
 from market.types import FinishReason, Principal, Role
 from serve_apps.auth import Authenticator
 from serve_apps.http import Services, create_app
+from serve_apps.metrics import Metrics
 from tests.samples import ACME, CARD, ROUTE, deposit
 
 KEYS = {"sk-acme": ACME, "sk-op": Principal("key-op", Role.OPERATOR, "operator")}
@@ -71,6 +72,7 @@ class Gateway:
                 routes=routes,
                 inference=self.inference,
                 authenticator=Authenticator(self.keys),
+                metrics=Metrics(),
             )
         )
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)

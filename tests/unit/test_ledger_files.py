@@ -227,7 +227,7 @@ class TestCrashWhilePublishing:
         async with box.open() as ledger:
             await ledger.publish()
             assert list(box.usage()["lsn"]) == [1, 2, 3]
-            assert [p for p in box.config.staging_dir.rglob('*') if p.is_file()] == []
+            assert [p for p in box.config.staging_dir.rglob("*") if p.is_file()] == []
 
     async def test_staged_file_that_was_damaged_is_written_again(self, box, monkeypatch):
         async with box.open() as ledger:
