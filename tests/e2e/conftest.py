@@ -70,6 +70,11 @@ class Market:
         assert done.returncode == 0, f"market {' '.join(arguments)}: {done.stderr[-3000:]}"
         return json.loads(done.stdout)
 
+    def cli_plain(self, *arguments: str) -> str:
+        done = self.run(*arguments)
+        assert done.returncode == 0, f"market {' '.join(arguments)}: {done.stderr[-3000:]}"
+        return done.stdout
+
     def tenant(self, deposit: str = "10") -> "Tenant":
         self._tenants += 1
         name = f"tenant-{self._tenants}"

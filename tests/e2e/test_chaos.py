@@ -169,6 +169,27 @@ def test_gateway_killed_in_a_stream_leaves_a_recovered_row_and_no_hold(vllm_mark
     assert (balance["balance"], balance["held"]) == ("10", "0")
 
 
+def test_gateway_killed_with_a_record_in_its_spool_bills_it_when_it_is_back(vllm_market):
+    """The answer was complete, but the ledger did not have its record yet."""
+    tenant = vllm_market.tenant()
+    gateway = only(vllm_market.processes(GATEWAY))
+    ledger = psutil.Process(vllm_market.status()["ledger"]["pid"])
+    stream = tenant.client().chat.completions.create(**asked(300), stream=True)
+    chunks = iter(stream)
+    next(chunks)
+    ledger.suspend()
+    try:
+        for _ in chunks:
+            pass
+        kill(gateway)
+    finally:
+        ledger.resume()
+    serving_again(vllm_market)
+    (row,) = tenant.rows(1).to_dict("records")
+    assert (row["usage_quality"], row["output_tokens"]) == ("engine", 300)
+    assert Decimal(tenant.balance()["balance"]) == 10 - row["charge"]
+
+
 def test_ledger_killed_when_idle_publishes_what_it_had_booked(vllm_market):
     """Nobody calls it: it has to come back by itself."""
     tenant = vllm_market.tenant()
