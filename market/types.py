@@ -246,7 +246,7 @@ class UsageRecord(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
     @classmethod
     def for_hold(cls, hold: HoldRequest, *, counts: TokenCounts, **ending: Any) -> "UsageRecord":
-        """The record that ends ``hold``; ``ending`` are the fields only its end decides."""
+        """The record that ends ``hold``; ``ending`` are the fields that only its end decides."""
         return cls(
             kind=RecordKind.TOKENS,
             request_id=hold.hold_id,

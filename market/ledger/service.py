@@ -38,7 +38,7 @@ from market.ledger.focus import FocusContext
 from market.ledger.manifest import Dataset
 from market.ledger.reports import UsageQuery
 from market.ledger.sealing import Sealer
-from market.ledger.settling import Settler, settlement_rows
+from market.ledger.settling import Settler, settlement_row, settlement_rows
 from market.ledger.snapshot import Snapshot
 from market.ledger.statement import Party, Statement
 from market.ledger.store import LEDGER_PRODUCER, LedgerStore
@@ -374,7 +374,8 @@ class Ledger:
         Raises InvalidRequest, or MarketFault if something does not add up.
         """
         reports.parse_period(period)
-        if not dry_run:
+        known = await self._command(lambda c: settlement_row(c, period))
+        if not dry_run and known is None:
             report = await self._auditor.verify()
             if report["finding"] is not None:
                 finding = report["finding"]
@@ -383,26 +384,37 @@ class Ledger:
                     f"row {finding['row']}: {finding['reason']}"
                 )
         summary = await self._settler.settle(period, made_by, dry_run)
-        if summary["settled"]:
+        if not dry_run:
             summary["statements"] = await self._write_statements(period)
         return summary
 
     async def statement(self, party: Party, name: str, period: str) -> Statement:
         """What a tenant or provider had, used and paid in a month. Raises NotFound."""
-        known = await (self.tenants() if party is Party.TENANT else self.providers())
-        if name not in (*known, rules.MARKET_PROVIDER):
+        if name not in await self._parties(party):
             raise NotFound(f"{party} {name!r} does not exist", code=f"{party}_not_found")
+        return (await self._statements(party, [name], period))[name]
+
+    async def _parties(self, party: Party) -> list[str]:
+        if party is Party.TENANT:
+            return await self.tenants()
+        return [*await self.providers(), rules.MARKET_PROVIDER]
+
+    async def _statements(
+        self, party: Party, names: Sequence[str], period: str
+    ) -> dict[str, Statement]:
         start, end = reports.parse_period(period)
         settled = {row.period: row for row in await self._command(settlement_rows)}.get(period)
-        sealed = {
-            "issuer": self._config.issuer,
-            "currency": CURRENCY,
-            "checkpoint": await self.checkpoint(),
-            "settlement_id": settled and settled.settlement_id,
-            "settlement_file": settled and self._settler.file(period),
-        }
-        month = (period, start, end)
-        return await self._ask(lambda s: statements.build(s, (party, name), month, sealed))
+        month = statements.Month(
+            period=period,
+            start=start,
+            end=end,
+            issuer=self._config.issuer,
+            currency=CURRENCY,
+            checkpoint=await self.checkpoint(),
+            settlement_id=settled and settled.settlement_id,
+            settlement_file=self._settler.file(period) if settled else None,
+        )
+        return await self._ask(lambda s: statements.build(s, party, names, month))
 
     async def statement_as(self, party: Party, name: str, period: str, form: str) -> str:
         """A statement as ``json``, ``csv`` or ``html``. Raises InvalidRequest, NotFound."""
@@ -432,15 +444,17 @@ class Ledger:
     async def _write_statements(self, period: str) -> int:
         """Statements of everybody, as JSON and HTML, beside the settlement."""
         folder = self._settler.file(period).parent
-        parties = [(Party.TENANT, name) for name in await self.tenants()]
-        parties += [(Party.PROVIDER, name) for name in await self.providers()]
-        for party, name in parties:
-            statement = await self.statement(party, name, period)
-            for form in ("json", "html"):
-                text = await asyncio.to_thread(exports.statement_text, statement, form)
-                path = folder / f"{party}s" / f"{name}.{form}"
-                await asyncio.to_thread(_write_text, path, text)
-        return len(parties)
+        written = 0
+        for party in Party:
+            names = await (self.tenants() if party is Party.TENANT else self.providers())
+            built = await self._statements(party, names, period)
+            for name, statement in built.items():
+                for form in ("json", "html"):
+                    text = await asyncio.to_thread(exports.statement_text, statement, form)
+                    path = folder / f"{party}s" / f"{name}.{form}"
+                    await asyncio.to_thread(_write_text, path, text)
+                written += 1
+        return written
 
     # -- how it works ----------------------------------------------------------------------
 

@@ -1,5 +1,8 @@
-"""Builds statements: what a tenant or provider had, used, paid or earned in a month."""
+"""Builds statements: what tenants or providers had, used, paid or earned in a month."""
 
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -15,6 +18,7 @@ from market.pricing import to_decimal
 
 ZERO = Decimal("0.000000000000")
 COLUMN = {Party.TENANT: "tenant_id", Party.PROVIDER: "provider_id"}
+ACCOUNT = {Party.TENANT: tenant_account, Party.PROVIDER: provider_account}
 _SUMS = (
     "count(*) FILTER (kind = 'tokens') AS requests, "
     "CAST(coalesce(sum(input_tokens), 0) AS BIGINT) AS input_tokens, "
@@ -24,127 +28,150 @@ _SUMS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Month:
+    """A month, and what only the ledger knows of it; settlement_* are None while it is open."""
+
+    period: str
+    start: datetime
+    end: datetime
+    issuer: str
+    currency: str
+    checkpoint: str
+    settlement_id: str | None
+    settlement_file: Path | None
+
+
 def statement_id(party: Party, name: str, period: str) -> str:
     """Id of a statement: the same month's is always the same."""
     return f"{period}-{party}-{name}"
 
 
 def build(
-    snapshot: Snapshot,
-    who: tuple[Party, str],
-    month: tuple[str, datetime, datetime],
-    sealed: dict[str, Any],
-) -> Statement:
-    """The statement of a party for a month, by booking time.
-
-    ``sealed`` has what only the ledger knows: issuer, currency, checkpoint, settlement_id (None
-    if the month is open) and settlement_file.
-    """
-    party, name = who
-    period, start, end = month
-    account = (tenant_account if party is Party.TENANT else provider_account)(name)
+    snapshot: Snapshot, party: Party, names: Sequence[str], month: Month
+) -> dict[str, Statement]:
+    """The statements of these parties for a month, by booking time, in one pass over the rows."""
+    column, account = COLUMN[party], ACCOUNT[party]
+    parameters = {"names": list(names), "start": month.start, "end": month.end}
     with snapshot.connect() as connection:
-        opening, movements = _movements(connection, account, start, end)
-        where = f"{COLUMN[party]} = $name AND booked_at >= $start AND booked_at < $end"
-        parameters = {"name": name, "start": start, "end": end}
-        lines = _lines(connection, where, parameters, _fees(who, sealed))
-        days = _days(connection, where, parameters)
-        rows, lsn_lo, lsn_hi = _one(
-            connection, f"SELECT count(*), min(lsn), max(lsn) FROM usage WHERE {where}", parameters
+        accounts = {"names": [account(name) for name in names]}
+        balances = _movements(connection, parameters | accounts)
+        connection.execute(
+            f"CREATE TEMP TABLE totals AS SELECT {column} AS name, "
+            "CAST(booked_at AT TIME ZONE 'UTC' AS DATE) AS day, coalesce(model, '-') AS model, "
+            f"lane, {_SUMS}, count(*) AS rows, min(lsn) AS lsn_lo, max(lsn) AS lsn_hi FROM usage "
+            f"WHERE booked_at >= $start AND booked_at < $end AND list_contains($names, {column}) "
+            "GROUP BY ALL",
+            parameters,
         )
-    return Statement(
-        statement_id=statement_id(party, name, period),
-        party=party,
-        name=name,
-        issuer=sealed["issuer"],
-        period=period,
-        start=start,
-        end=end,
-        currency=sealed["currency"],
-        opening=opening,
-        closing=opening + sum((movement.amount for movement in movements), ZERO),
-        movements=movements,
-        lines=lines,
-        days=days,
-        lsn_lo=lsn_lo,
-        lsn_hi=lsn_hi,
-        rows=rows,
-        settlement_id=sealed["settlement_id"],
-        checkpoint=sealed["checkpoint"],
-    )
+        lines = _lines(connection)
+        days = _days(connection)
+        covered = {
+            name: rest
+            for name, *rest in connection.execute(
+                "SELECT name, CAST(sum(rows) AS BIGINT), min(lsn_lo), max(lsn_hi) FROM totals "
+                "GROUP BY name"
+            ).fetchall()
+        }
+    fees = _fees(party, month)
+    statements = {}
+    for name in names:
+        opening, movements = balances[account(name)]
+        rows, lsn_lo, lsn_hi = covered.get(name, (0, None, None))
+        statements[name] = Statement(
+            statement_id=statement_id(party, name, month.period),
+            party=party,
+            name=name,
+            issuer=month.issuer,
+            period=month.period,
+            start=month.start,
+            end=month.end,
+            currency=month.currency,
+            opening=opening,
+            closing=opening + sum((movement.amount for movement in movements), ZERO),
+            movements=movements,
+            lines=tuple(
+                UsageLine(**line, fee=_fee(fees, name, line)) for line in lines.get(name, ())
+            ),
+            days=tuple(days.get(name, ())),
+            lsn_lo=lsn_lo,
+            lsn_hi=lsn_hi,
+            rows=rows,
+            settlement_id=month.settlement_id,
+            checkpoint=month.checkpoint,
+        )
+    return statements
 
 
 def _movements(
-    connection: duckdb.DuckDBPyConnection, account: str, start: datetime, end: datetime
-) -> tuple[Decimal, tuple[Movement, ...]]:
-    """Balance at the start, and per kind what changed it until the end."""
+    connection: duckdb.DuckDBPyConnection, parameters: dict[str, Any]
+) -> dict[str, tuple[Decimal, tuple[Movement, ...]]]:
+    """Per account its balance at the start, and per kind what changed it until the end."""
     # Releases have the account on both sides: they move nothing.
     signed = (
-        "SELECT booked_at, kind, CASE WHEN credit_account = $account THEN amount ELSE -amount END "
-        "AS amount FROM transfers WHERE (credit_account = $account OR debit_account = $account) "
-        "AND credit_account <> debit_account"
+        "SELECT booked_at, kind, credit_account AS account, amount FROM transfers "
+        "WHERE credit_account <> debit_account UNION ALL "
+        "SELECT booked_at, kind, debit_account, -amount FROM transfers "
+        "WHERE credit_account <> debit_account"
     )
-    opening = _one(
-        connection,
-        f"SELECT coalesce(sum(amount), 0) FROM ({signed}) WHERE booked_at < $start",
-        {"account": account, "start": start},
-    )[0]
     rows = connection.execute(
-        f"SELECT kind, count(*), sum(amount) FROM ({signed}) "
-        "WHERE booked_at >= $start AND booked_at < $end GROUP BY kind ORDER BY kind",
-        {"account": account, "start": start, "end": end},
-    ).fetchall()
-    return ZERO + opening, tuple(Movement(*row) for row in rows)
-
-
-def _lines(
-    connection: duckdb.DuckDBPyConnection,
-    where: str,
-    parameters: dict[str, Any],
-    fees: dict[tuple[str, str], Decimal] | None,
-) -> tuple[UsageLine, ...]:
-    cursor = connection.execute(
-        f"SELECT coalesce(model, '-') AS model, lane, {_SUMS} FROM usage WHERE {where} "
-        "GROUP BY ALL ORDER BY ALL",
+        "SELECT account, booked_at < $start AS before, CASE WHEN before THEN '' ELSE kind END AS "
+        f"kind, count(*), sum(amount) FROM ({signed}) "
+        "WHERE booked_at < $end AND list_contains($names, account) GROUP BY ALL ORDER BY ALL",
         parameters,
+    ).fetchall()
+    opening: dict[str, Decimal] = defaultdict(lambda: ZERO)
+    movements: dict[str, list[Movement]] = defaultdict(list)
+    for account, before, kind, count, amount in rows:
+        if before:
+            opening[account] += amount
+        else:
+            movements[account].append(Movement(kind, count, amount))
+    return {
+        account: (opening[account], tuple(movements[account])) for account in parameters["names"]
+    }
+
+
+def _lines(connection: duckdb.DuckDBPyConnection) -> dict[str, list[dict[str, Any]]]:
+    """Per party the sums per model and lane."""
+    names = ("requests", "input_tokens", "cached_input_tokens", "output_tokens", "gpu_us")
+    sums = ", ".join(f"CAST(sum({name}) AS BIGINT) AS {name}" for name in names)
+    cursor = connection.execute(
+        f"SELECT name, model, lane, {sums}, sum(charge) AS charge FROM totals "
+        "GROUP BY name, model, lane ORDER BY ALL"
     )
-    names = [column[0] for column in cursor.description or []]
-    lines = [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
-    for line in lines:
-        line["fee"] = None if fees is None else fees.get((line["model"], line["lane"]), ZERO)
-    return tuple(UsageLine(**line) for line in lines)
+    columns = [column[0] for column in cursor.description or []]
+    lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in cursor.fetchall():
+        line = dict(zip(columns, row, strict=True))
+        lines[line.pop("name")].append(line)
+    return lines
 
 
-def _fees(who: tuple[Party, str], sealed: dict[str, Any]) -> dict[tuple[str, str], Decimal] | None:
-    """A provider's fees per model and lane, once its month is settled."""
-    party, name = who
-    path: Path | None = sealed["settlement_file"]
-    if party is not Party.PROVIDER or path is None:
+def _days(connection: duckdb.DuckDBPyConnection) -> dict[str, list[DayTotal]]:
+    """Per party the sums per day."""
+    rows = connection.execute(
+        "SELECT name, day, CAST(sum(requests) AS BIGINT), CAST(sum(input_tokens) AS BIGINT), "
+        "CAST(sum(output_tokens) AS BIGINT), sum(charge) FROM totals "
+        "GROUP BY name, day ORDER BY ALL"
+    ).fetchall()
+    days: dict[str, list[DayTotal]] = defaultdict(list)
+    for name, *values in rows:
+        days[name].append(DayTotal(*values))
+    return days
+
+
+def _fees(party: Party, month: Month) -> dict[tuple[str, str, str], Decimal] | None:
+    """Fees per provider, model and lane, once the month is settled."""
+    if party is not Party.PROVIDER or month.settlement_file is None:
         return None
-    picos: dict[tuple[str, str], int] = {}
-    for line in read_lines(path).lines:
-        if line.provider_id == name:
-            key = (line.model or "-", line.lane)
-            picos[key] = picos.get(key, 0) + line.fee_pico
+    picos: dict[tuple[str, str, str], int] = defaultdict(int)
+    for line in read_lines(month.settlement_file).lines:
+        picos[line.provider_id, line.model or "-", line.lane] += line.fee_pico
     return {key: to_decimal(pico) for key, pico in picos.items()}
 
 
-def _days(
-    connection: duckdb.DuckDBPyConnection, where: str, parameters: dict[str, Any]
-) -> tuple[DayTotal, ...]:
-    rows = connection.execute(
-        "SELECT CAST(booked_at AT TIME ZONE 'UTC' AS DATE) AS day, "
-        "count(*) FILTER (kind = 'tokens'), CAST(sum(input_tokens) AS BIGINT), "
-        f"CAST(sum(output_tokens) AS BIGINT), sum(charge) FROM usage WHERE {where} "
-        "GROUP BY day ORDER BY day",
-        parameters,
-    ).fetchall()
-    return tuple(DayTotal(*row) for row in rows)
-
-
-def _one(
-    connection: duckdb.DuckDBPyConnection, query: str, parameters: dict[str, Any]
-) -> tuple[Any, ...]:
-    row: tuple[Any, ...] | None = connection.execute(query, parameters).fetchone()
-    assert row is not None
-    return row
+def _fee(
+    fees: dict[tuple[str, str, str], Decimal] | None, name: str, line: dict[str, Any]
+) -> Decimal | None:
+    return None if fees is None else fees.get((name, line["model"], line["lane"]), ZERO)

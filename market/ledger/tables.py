@@ -166,7 +166,7 @@ settlements = Table(
     Column("period", String, primary_key=True),
     Column("settlement_id", String, nullable=False, unique=True),
     Column("lsn_after", BigInteger, nullable=False),
-    Column("lsn_until", BigInteger, nullable=False, unique=True),
+    Column("lsn_until", BigInteger, nullable=False),
     Column("fee_bps", Integer, nullable=False),
     Column("sha256", String, nullable=False),
     Column("rows", BigInteger, nullable=False),

@@ -8,12 +8,14 @@ import pytest
 
 from market.accounts import MARKET_PROVIDER, provider_account, tenant_account
 from market.errors import Conflict, InvalidRequest, NotFound
+from market.ledger.audit import Auditor
 from market.ledger.refunds import Refund
 from market.ledger.schema import encode_batch
 from market.pricing import format_money, to_decimal
 from market.types import FinishReason
 from tests.contracts.test_ledger import CHARGE, COUNTS, record
 from tests.samples import hold_request
+from tests.unit.test_audit import verify_here
 from tests.unit.test_ledger_files import Box
 
 TEN = 10 * 10**12
@@ -27,6 +29,11 @@ def refund(refund_id="refund-1", **changes):
 
 def gift(refund_id="refund-1", **changes):
     return refund(refund_id, **({"request_id": None, "amount_pico": GIFT} | changes))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(Auditor, "_in_own_process", verify_here)
 
 
 @pytest.fixture

@@ -169,7 +169,6 @@ def upgrade() -> None:
         sa.Column("fee_pico", market.storage.Pico(), nullable=False),
         sa.Column("settled_at", market.storage.Moment(), nullable=False),
         sa.PrimaryKeyConstraint("period"),
-        sa.UniqueConstraint("lsn_until"),
         sa.UniqueConstraint("settlement_id"),
     )
     op.create_table(
