@@ -6,7 +6,7 @@ number of pico units and every token charge is exact.
 
 import hashlib
 from datetime import UTC, datetime
-from decimal import Decimal, InvalidOperation, localcontext
+from decimal import Context, Decimal, InvalidOperation, localcontext
 
 from market.errors import InvalidRequest
 from market.types import CURRENCY, FinishReason, Lane, RateCard, TokenCounts
@@ -14,6 +14,8 @@ from market.types import CURRENCY, FinishReason, Lane, RateCard, TokenCounts
 PICO = 10**12
 TOKENS_PER_PRICE = 10**6
 MAX_DECIMALS = 6
+# Decimal's default context would round amounts of more than 28 digits.
+_WIDE = Context(prec=80)
 GPU_US_PER_HOUR = 3_600 * 10**6
 FIRST_BLOCK_TOKENS = 256
 
@@ -54,7 +56,12 @@ def format_money(pico: int) -> str:
 
 def to_decimal(pico: int) -> Decimal:
     """Pico units as a Decimal with 12 places, the form of the Parquet columns."""
-    return Decimal(pico).scaleb(-12)
+    return _WIDE.scaleb(Decimal(pico), -12)
+
+
+def to_pico(amount: Decimal) -> int:
+    """The reverse of ``to_decimal``."""
+    return int(_WIDE.scaleb(amount, 12))
 
 
 def parse_price(text: str | int | Decimal, what: str) -> int:

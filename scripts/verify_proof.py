@@ -20,6 +20,16 @@ import sys
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+# The columns of the usage ledger in order, and how each is hashed.
+COLUMNS = """
+    lsn:int64 booked_at:int64 producer:text epoch:int32 seq:int64 kind:text reverses_lsn:int64
+    request_id:text tenant_id:text api_key_id:text model:text adapter:text lane:text
+    deployment_id:text lease_id:text slice_id:text provider_id:text node_id:text gpu_type:text
+    gpu_milli:int32 started_at:int64 finished_at:int64 input_tokens:int64
+    cached_input_tokens:int64 output_tokens:int64 claimed_output_tokens:int64 gpu_us:int64
+    queue_ms:int32 ttft_ms:int32 duration_ms:int32 finish_reason:text usage_quality:text
+    price_id:text charge:int128 currency:text attrs:text
+"""
 WIDTHS = {"int64": 8, "int32": 4, "int128": 16}
 
 
@@ -28,12 +38,23 @@ def sha256(*parts):
     return hashlib.sha256(b"".join(parts)).digest()
 
 
+def number(kind, value):
+    """A number of the row as it was hashed; nothing that only looks like it."""
+    if value is None:
+        return 0
+    if kind == "int128" and isinstance(value, str) and str(int(value)) == value:
+        return int(value)
+    if kind != "int128" and type(value) is int:
+        return value
+    raise ValueError(f"{value!r} is no number of kind {kind}")
+
+
 def encode(row):
     """The row's bytes: numbers, then which are null, then lengths of texts, then the texts."""
-    numbers = [(WIDTHS[kind], value) for _, kind, value in row if kind != "text"]
+    numbers = [(kind, value) for _, kind, value in row if kind != "text"]
     texts = [None if value is None else value.encode() for _, kind, value in row if kind == "text"]
     return b"".join(
-        [int(value or 0).to_bytes(width, "little", signed=True) for width, value in numbers]
+        [number(k, v).to_bytes(WIDTHS[k], "little", signed=True) for k, v in numbers]
         + [bytes([value is None]) for _, value in numbers]
         + [struct.pack("<I", 2**32 - 1 if text is None else len(text)) for text in texts]
         + [text for text in texts if text is not None]
@@ -54,6 +75,8 @@ def climb_rows(leaf, index, path):
 
 def climb_log(leaf, index, size, path):
     """Top of the log over parts (RFC 9162, 2.1.3.2)."""
+    if not 0 <= index < size:
+        raise ValueError("leaf index outside the log")
     node, last = leaf, size - 1
     for sibling in path:
         sibling = bytes.fromhex(sibling)
@@ -96,6 +119,8 @@ def check(proof, public_key=None, kept=None):
     lsn = {name: value for name, _, value in row}["lsn"]
     if lsn != part["lo"] + proof["row_index"] or not 0 <= proof["row_index"] < part["rows"]:
         raise ValueError("the row is not where the proof says")
+    if [f"{name}:{kind}" for name, kind, _ in row] != COLUMNS.split():
+        raise ValueError("the row has other columns than the usage ledger")
     leaf = sha256(b"\x00", encode(row))
     if climb_rows(leaf, proof["row_index"], proof["row_path"]).hex() != part["rows_root"]:
         raise ValueError("the row is not in its part")
@@ -123,7 +148,7 @@ def main():
             kept = file.read()
     try:
         lsn, size = check(proof, options.public_key, kept)
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         print(f"NOT PROVEN: {error}")
         return 1
     known = "the key you gave" if options.public_key else "the key in the proof (not checked)"

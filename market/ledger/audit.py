@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, Row, select
 
 from market.config import Config
 from market.errors import MarketFault, NotFound
@@ -29,6 +29,7 @@ from market.ledger.snapshot import retrying
 from market.ledger.store import LedgerStore
 from market.ledger.verify import Picture
 from market.ledger.writer import Writer
+from market.pricing import to_pico
 from market.storage import to_micros
 
 logger = logging.getLogger(__name__)
@@ -50,10 +51,14 @@ class Auditor:
         """Recompute everything; ``finding`` is None or the first thing that is wrong."""
         async with self._sealer.files_stay:
             picture = await self._writer.submit(self._picture)
-            broken = await self._check_chain()
+            broken = await self._check_chain(picture)
             report = await self._in_own_process(picture)
+            strangers = await self._writer.submit(lambda c: _unknown_files(c, report.pop("newer")))
         if broken is not None:
             report["finding"] = {"where": "journal", "row": None, "reason": broken}
+        elif report["finding"] is None and strangers:
+            reason = "this file is not in the manifest"
+            report["finding"] = {"where": strangers[0], "row": None, "reason": reason}
         if report["finding"] is not None:
             logger.critical("ALARM ledger verify: %s", report["finding"])
         return report
@@ -67,8 +72,8 @@ class Auditor:
         await self._sealer.publish()
         checkpoint = await (self._sealer.sign() if size is None else self._signed(size))
         size = int(checkpoint.split("\n")[1])
-        parts = await self._writer.submit(lambda c: manifest.published(c, Dataset.USAGE))
         async with self._sealer.files_stay:
+            parts = await self._writer.submit(lambda c: manifest.published(c, Dataset.USAGE))
             found = await asyncio.to_thread(self._find, parts, request_id)
         if found is None:
             raise NotFound(f"no request {request_id!r} is on record", code="request_not_found")
@@ -154,8 +159,14 @@ class Auditor:
             public_key=self._sealer.signer.public.public_bytes_raw(),
         )
 
-    async def _check_chain(self) -> str | None:
-        """Recompute the hash chain over every entry that the journal still has."""
+    async def _check_chain(self, picture: Picture) -> str | None:
+        """Recompute the hash chain over every entry that the journal still has.
+
+        Where a part was sealed, the chain must have the head that went into the log with it.
+        """
+        sealed = {
+            (part.dataset, part.hi): part.head for parts in picture.parts.values() for part in parts
+        }
         counters = self._store.state.counters
         entry, head = counters.pruned_entry, counters.pruned_head
         end = counters.next_entry - 1
@@ -169,6 +180,9 @@ class Auditor:
                 head = await asyncio.to_thread(chain_head, head, row._mapping)
                 if head != row.head:
                     return f"entry {row.entry} was changed after it was booked"
+                for last in _sealed_ends(row):
+                    if sealed.get(last, head) != head:
+                        return f"entry {row.entry} is not the one sealed with row {last[1]}"
                 entry = row.entry
         return None
 
@@ -194,6 +208,22 @@ class Auditor:
         return report
 
 
+def _sealed_ends(entry: Row[Any]) -> list[tuple[Dataset, int]]:
+    """The last rows that an entry has of each dataset."""
+    ends = []
+    if entry.lsn_hi >= entry.lsn_lo:
+        ends.append((Dataset.USAGE, entry.lsn_hi))
+    if entry.tsn_hi >= entry.tsn_lo:
+        ends.append((Dataset.TRANSFERS, entry.tsn_hi))
+    return ends
+
+
+def _unknown_files(connection: Connection, paths: Sequence[str]) -> list[str]:
+    """Those of ``paths`` that no part of the manifest lives in or is about to."""
+    known = set(connection.execute(select(tables.parts.c.file)).scalars()) if paths else set()
+    return [path for path in paths if Path(path).name not in known]
+
+
 def _entries(connection: Connection, after: int) -> Sequence[Any]:
     journal = tables.journal
     query = select(journal).where(journal.c.entry > after).order_by(journal.c.entry)
@@ -217,5 +247,5 @@ def _plain(type_: pa.DataType, value: Any) -> tuple[str, Any]:
     if pa.types.is_timestamp(type_):
         return "int64", None if value is None else to_micros(value)
     if pa.types.is_decimal(type_):
-        return "int128", None if value is None else str(int(value.scaleb(12)))
+        return "int128", None if value is None else str(to_pico(value))
     return str(type_), value

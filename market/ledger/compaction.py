@@ -8,6 +8,7 @@ part of them. The exchange happens only after row counts, sums and row digests a
 
 import logging
 import shutil
+import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -138,8 +139,8 @@ class Compactor:
     def bury(self, now: datetime) -> None:
         """Put folders that were exchanged out, or never in, where they wait for their end."""
         for folder in sorted(self._staging.glob("*/date=*")):
-            grave = self._grave / f"{folder.parent.name}-{folder.name}@{to_micros(now + GRACE)}"
-            folder.rename(grave)
+            name = f"{folder.parent.name}-{folder.name}-{uuid.uuid4().hex[:8]}"
+            folder.rename(self._grave / f"{name}@{to_micros(now + GRACE)}")
             crash.reach("compact-buried")
 
     def clear_graves(self, now: datetime) -> None:

@@ -57,8 +57,10 @@ def _check(batch: pa.RecordBatch, cards: Mapping[str, RateCard]) -> BadRow | Non
     if not known.all() or len(currencies.dictionary) != 1:
         return _unknown_price(batch, cards, known[codes])
     currency = currencies.dictionary[0].as_py()
-    if any(card and card.currency != currency for card in used):
-        return BadRow(0, f"price and charge are in different currencies ({currency})")
+    foreign = np.array([card.currency != currency for card in used if card])[codes]
+    if foreign.any():
+        index = int(np.argmax(foreign))
+        return BadRow(index, f"price and charge are in different currencies ({currency})")
     fresh, cached, output = token_columns(batch)
     if min(int(fresh.min()), int(cached.min()), int(output.min())) < 0:
         index = int(np.flatnonzero((fresh < 0) | (cached < 0) | (output < 0))[0])
@@ -71,7 +73,7 @@ def _check(batch: pa.RecordBatch, cards: Mapping[str, RateCard]) -> BadRow | Non
     rates = [(c.input_pico, c.cached_input_pico, c.output_pico) for c in used if c]
     dearest = max(max(rate) for rate in rates)
     most = int(fresh.max()) + int(cached.max()) + int(output.max())
-    whole = most * dearest >= _SAFE
+    whole = max(most, 1) * dearest >= _SAFE
     charges = money_column(batch["charge"], whole)
     table = np.array(rates, dtype=object if charges.dtype == object else np.int64)
     if charges.dtype == object:

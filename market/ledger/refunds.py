@@ -68,11 +68,8 @@ def book(
         provider_id = original["provider_id"]
     lsn = original and original["lsn"]
     if known is not None:
-        if (known.tenant_id, known.reverses_lsn, known.amount_pico) != (
-            refund.tenant_id,
-            lsn,
-            amount_pico,
-        ):
+        before = (known.tenant_id, known.provider_id, known.reverses_lsn, known.amount_pico)
+        if before != (refund.tenant_id, provider_id, lsn, amount_pico):
             raise Conflict(f"refund id {refund.refund_id} was used for another refund")
         return _answer(known.lsn, known.amount_pico, created=False)
     for account_id in (tenant_account(refund.tenant_id), provider_account(provider_id)):
@@ -83,6 +80,7 @@ def book(
         tables.refunds.insert().values(
             refund_id=refund.refund_id,
             tenant_id=refund.tenant_id,
+            provider_id=provider_id,
             reverses_lsn=lsn,
             lsn=booked,
             amount_pico=amount_pico,
@@ -104,7 +102,7 @@ def _correction(
     """(amount, row) that takes back a request: a reversal if all of it, else an adjustment."""
     if original["tenant_id"] != refund.tenant_id:
         raise InvalidRequest(f"request {refund.request_id} is not one of {refund.tenant_id}")
-    charge_pico = int(original["charge"].scaleb(12))
+    charge_pico = pricing.to_pico(original["charge"])
     if known is not None:
         before = 0  # what it gave back itself is not in its own way
     else:

@@ -404,6 +404,7 @@ class Ledger:
     ) -> dict[str, Statement]:
         start, end = reports.parse_period(period)
         settled = {row.period: row for row in await self._command(settlement_rows)}.get(period)
+        path = self._settler.file(period)
         month = statements.Month(
             period=period,
             start=start,
@@ -412,7 +413,7 @@ class Ledger:
             currency=CURRENCY,
             checkpoint=await self.checkpoint(),
             settlement_id=settled and settled.settlement_id,
-            settlement_file=self._settler.file(period) if settled else None,
+            settlement_file=path if settled and path.exists() else None,
         )
         return await self._ask(lambda s: statements.build(s, party, names, month))
 

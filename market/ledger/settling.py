@@ -26,7 +26,7 @@ from market.ledger.snapshot import MEMORY_LIMIT, THREADS, gone
 from market.ledger.store import LedgerStore
 from market.ledger.writer import Writer
 from market.ports import Clock
-from market.pricing import format_money, to_decimal
+from market.pricing import format_money, to_decimal, to_pico
 from market.settlement import Line, Settlement
 
 logger = logging.getLogger(__name__)
@@ -62,13 +62,15 @@ class Settler:
         InvalidRequest for a month that is not over or before one that is settled, MarketFault if
         the same inputs give something else than before.
         """
-        _, end = parse_period(period)
+        start, end = parse_period(period)
         async with self._lock:
             await self._sealer.publish()
             known = await self._writer.submit(lambda c: settlement_row(c, period))
             if known is not None:
-                return _summary(await self._again(known), settled=True, created=False)
-            bounds = await self._writer.submit(lambda c: self._bounds(c, period, end, dry_run))
+                return _summary(await self._again(known, dry_run), settled=True, created=False)
+            bounds = await self._writer.submit(
+                lambda c: self._bounds(c, period, (start, end), dry_run)
+            )
             lines = await self._lines(*bounds)
             settlement = rules.settle(period, bounds, self._config.fee_bps, lines)
             if not dry_run:
@@ -84,7 +86,7 @@ class Settler:
         """Where the lines of a settled period are."""
         return self._config.statements_dir / period / FILE
 
-    async def _again(self, known: Row[Any]) -> Settlement:
+    async def _again(self, known: Row[Any], dry_run: bool) -> Settlement:
         bounds = (known.lsn_after, known.lsn_until)
         lines = await self._lines(*bounds)
         settlement = rules.settle(known.period, bounds, known.fee_bps, lines)
@@ -97,14 +99,15 @@ class Settler:
                 f"({settlement.sha256[:12]}, {stored and stored[:12]} in {path}, booked "
                 f"{known.sha256[:12]}): something was changed; run: market ledger verify"
             )
-        if stored is None:
+        if stored is None and not dry_run:
             await self._writer.on_files(write_lines, path, settlement)
         return settlement
 
     def _bounds(
-        self, connection: Connection, period: str, end: datetime, dry_run: bool
+        self, connection: Connection, period: str, month: tuple[datetime, datetime], dry_run: bool
     ) -> tuple[int, int]:
         """(after, until]: rows since the last settlement that were booked before ``end``."""
+        start, end = month
         table = tables.settlements
         last = connection.execute(select(table).order_by(table.c.period.desc())).first()
         if last is not None and last.period > period:
@@ -116,6 +119,12 @@ class Settler:
                 f"{period} is not over before {end:%Y-%m-%d} UTC; --dry-run shows what it is so far"
             )
         after = 0 if last is None else last.lsn_until
+        skipped = manifest.last_row_before(connection, Dataset.USAGE, start)
+        if skipped > after and not dry_run:
+            raise InvalidRequest(
+                f"rows {after + 1} to {skipped} are of months before {period}, which are not "
+                "settled yet: settle those first"
+            )
         until = manifest.last_row_before(connection, Dataset.USAGE, end)
         return after, max(after, until)
 
@@ -188,8 +197,7 @@ def sum_lines(paths: Sequence[Path], after: int, until: int) -> list[Line]:
         rows = connection.execute(query, parameters).fetchall()
     names = (*_TEXTS, *_COUNTS)
     return [
-        Line(**dict(zip(names, row, strict=False)), charge_pico=int(row[-1].scaleb(12)))
-        for row in rows
+        Line(**dict(zip(names, row, strict=False)), charge_pico=to_pico(row[-1])) for row in rows
     ]
 
 
@@ -260,7 +268,7 @@ def read_lines(path: Path) -> Settlement:
     row: dict[str, Any]
     for row in rows:
         money: dict[str, Any] = {
-            f"{name}_pico": int(row.pop(name).scaleb(12)) for name in ("charge", "fee")
+            f"{name}_pico": to_pico(row.pop(name)) for name in ("charge", "fee")
         }
         del row["payout"]
         lines.append(Line(**row, **money))

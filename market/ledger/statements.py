@@ -14,7 +14,7 @@ from market.accounts import provider_account, tenant_account
 from market.ledger.settling import read_lines
 from market.ledger.snapshot import Snapshot
 from market.ledger.statement import DayTotal, Movement, Party, Statement, UsageLine
-from market.pricing import to_decimal
+from market.pricing import to_decimal, to_pico
 
 ZERO = Decimal("0.000000000000")
 COLUMN = {Party.TENANT: "tenant_id", Party.PROVIDER: "provider_id"}
@@ -88,7 +88,7 @@ def build(
             end=month.end,
             currency=month.currency,
             opening=opening,
-            closing=opening + sum((movement.amount for movement in movements), ZERO),
+            closing=to_decimal(sum(map(to_pico, (opening, *(m.amount for m in movements))))),
             movements=movements,
             lines=tuple(
                 UsageLine(**line, fee=_fee(fees, name, line)) for line in lines.get(name, ())
@@ -124,7 +124,7 @@ def _movements(
     movements: dict[str, list[Movement]] = defaultdict(list)
     for account, before, kind, count, amount in rows:
         if before:
-            opening[account] += amount
+            opening[account] = amount  # there is one such row per account
         else:
             movements[account].append(Movement(kind, count, amount))
     return {

@@ -257,7 +257,7 @@ class LedgerStore:
                 books.draw_hold(slice_id, charge_pico)
         if arrived.batch["slice_id"].null_count:
             for row in _own_hold_rows(arrived.batch):
-                hold_id, charge_pico = row["request_id"], int(row["charge"].scaleb(12))
+                hold_id, charge_pico = row["request_id"], pricing.to_pico(row["charge"])
                 self._require_own_hold(
                     connection, hold_id, row["tenant_id"], arrived.producer, False
                 )

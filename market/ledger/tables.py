@@ -154,6 +154,7 @@ refunds = Table(
     metadata,
     Column("refund_id", String, primary_key=True),
     Column("tenant_id", String, nullable=False),
+    Column("provider_id", String, nullable=False),
     Column("reverses_lsn", BigInteger),
     Column("lsn", BigInteger, nullable=False),
     Column("amount_pico", Pico, nullable=False),

@@ -93,8 +93,9 @@ def verify(picture: Picture) -> tuple[Finding | None, dict[str, Any]]:
     started_s = time.perf_counter()
     sums = Sums()
     finding = None
+    newer: list[str] = []
     try:
-        _no_strangers(picture)
+        newer = _no_strangers(picture)
         _settlements(picture)
         _log(picture)
         for dataset in Dataset:
@@ -107,6 +108,7 @@ def verify(picture: Picture) -> tuple[Finding | None, dict[str, Any]]:
         finding = wrong.finding
     seconds = time.perf_counter() - started_s
     return finding, {
+        "newer": newer,
         "rows": sums.rows,
         "parts": sum(map(len, picture.parts.values())),
         "files": len({(p.dataset, p.day, p.file) for ps in picture.parts.values() for p in ps}),
@@ -119,18 +121,28 @@ def verify(picture: Picture) -> tuple[Finding | None, dict[str, Any]]:
 # -- files and log --------------------------------------------------------------------------
 
 
-def _no_strangers(picture: Picture) -> None:
-    """Nothing but the manifest's files may be where plain readers look."""
+def _no_strangers(picture: Picture) -> list[str]:
+    """Nothing but the manifest's files may be where plain readers look.
+
+    Returns files that look as if they were published after the picture: the manifest must know.
+    """
+    newer: list[str] = []
     known = {_path(picture, part) for parts in picture.parts.values() for part in parts}
     for path in sorted(picture.ledger_dir.rglob("*")):
         if path.is_dir() or path in known:
             continue
         if path.name != GENESIS:
             if _newer_part(picture, path):
+                newer.append(str(path))
                 continue
             raise Wrong(str(path), None, "this file is not in the manifest")
-        if pq.read_metadata(path).num_rows:
+        try:
+            rows = pq.read_metadata(path).num_rows
+        except (pa.ArrowInvalid, OSError) as error:
+            raise Wrong(str(path), None, f"unreadable: {error}") from error
+        if rows:
             raise Wrong(str(path), None, "the empty first part has rows")
+    return newer
 
 
 def _newer_part(picture: Picture, path: Path) -> bool:
@@ -150,7 +162,7 @@ def _path(picture: Picture, part: Part) -> Path:
 
 def _settlements(picture: Picture) -> None:
     for period, (path, digest) in picture.settlement_files.items():
-        if stored_digest(path) != digest:
+        if path.exists() and stored_digest(path) != digest:
             raise Wrong(str(path), None, f"not the lines that were settled for {period}")
 
 
@@ -202,7 +214,7 @@ def _ledger(picture: Picture, dataset: Dataset) -> Iterator[tuple[str, pa.Record
         if sha256_of(path) != inside[0].sha256:
             reason = _what_changed(path, inside)
             raise Wrong(str(path), reason[0], reason[1])
-        for part, rows in zip(inside, rows_in(path, inside), strict=True):
+        for part, rows in _readable(path, inside):
             where = str(path)
             booked_at = _in_order(where, rows, dataset, (expected, booked_at), part.day)
             try:
@@ -215,6 +227,16 @@ def _ledger(picture: Picture, dataset: Dataset) -> Iterator[tuple[str, pa.Record
         booked_at = _in_order("unpublished rows", rows, dataset, (expected, booked_at), None)
         expected += rows.num_rows
         yield "unpublished rows", rows
+
+
+def _readable(path: Path, parts: Sequence[Part]) -> Iterator[tuple[Part, pa.RecordBatch]]:
+    """The rows of each part; a file that cannot be read as such is a finding."""
+    part = parts[0]
+    try:
+        for part, rows in zip(parts, rows_in(path, parts), strict=True):
+            yield part, rows
+    except (MarketFault, pa.ArrowInvalid, OSError) as error:
+        raise Wrong(str(path), part.lo, str(error)) from error
 
 
 def _by_file(picture: Picture, parts: Sequence[Part]) -> Iterator[tuple[Path, list[Part]]]:
@@ -293,7 +315,7 @@ def _usage_rows(picture: Picture, sums: Sums, where: str, rows: pa.RecordBatch) 
     )
     for group in grouped:
         key = (group["tenant_id"], group["provider_id"], group["currency"])
-        sums.charges[key] += int(group["charge_sum"].scaleb(12))
+        sums.charges[key] += pricing.to_pico(group["charge_sum"])
 
 
 def _sequence(sums: Sums, where: str, rows: pa.RecordBatch) -> None:
@@ -379,6 +401,9 @@ def _books(picture: Picture, sums: Sums) -> None:
                 None,
                 f"rows charge {charged} {currency}, transfers paid {paid}",
             )
+    unknown = (sums.debits.keys() | sums.credits.keys()) - {a.account_id for a in picture.accounts}
+    if unknown:
+        raise Wrong(f"account {min(unknown)}", None, "has transfers but is not there")
     for account in picture.accounts:
         name = account.account_id
         found = (sums.debits[name], sums.credits[name], picture.held.get(name, 0))
@@ -394,6 +419,11 @@ def _books(picture: Picture, sums: Sums) -> None:
         if sums.producers.get((producer, epoch), 0) != next_seq:
             booked = sums.producers.get((producer, epoch), 0)
             raise Wrong(f"producer {producer}", None, f"booked {booked} records, mark {next_seq}")
+    for producer, epoch in sorted(sums.producers):
+        if picture.marks.get(producer, (0, 0))[0] < epoch:
+            raise Wrong(f"producer {producer}", None, f"rows of epoch {epoch}, which is not known")
+    for lease in sorted(sums.leases.keys() - picture.lease_totals.keys()):
+        raise Wrong(f"lease {lease[0]}", None, "rows have GPU time, its total is not there")
     for lease, gpu_us in picture.lease_totals.items():
         if sums.leases[lease] != gpu_us:
             raise Wrong(f"lease {lease[0]}", None, f"rows have {sums.leases[lease]} of {gpu_us} us")

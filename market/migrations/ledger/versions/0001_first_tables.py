@@ -150,6 +150,7 @@ def upgrade() -> None:
         "refunds",
         sa.Column("refund_id", sa.String(), nullable=False),
         sa.Column("tenant_id", sa.String(), nullable=False),
+        sa.Column("provider_id", sa.String(), nullable=False),
         sa.Column("reverses_lsn", sa.BigInteger(), nullable=True),
         sa.Column("lsn", sa.BigInteger(), nullable=False),
         sa.Column("amount_pico", market.storage.Pico(), nullable=False),
