@@ -37,7 +37,8 @@ def run_seeds(seeds: list[int], results: multiprocessing.Queue) -> None:
             results.put((seed, None, case.points, case.reads, case.missing_files))
             shutil.rmtree(home)
         except Exception:  # noqa: BLE001  # whatever it was, the seed must be reported
-            results.put((seed, f"{traceback.format_exc()}\nkept: {home}", {}, 0, 0))
+            reason = "".join(traceback.format_exc().splitlines(keepends=True)[-12:])
+            results.put((seed, f"{reason}\nkept: {home}", {}, 0, 0))
     results.put(None)
 
 

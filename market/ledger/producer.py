@@ -6,10 +6,11 @@ brings it to the ledger, which books it once however often it comes.
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -31,6 +32,7 @@ BATCH_DELAY_S = 0.05
 SYNC_DELAY_S = 0.005
 WAITING_MAX = 100_000
 FULL_DISK_RETRY_S = 1.0
+SWEEP_POLL_S = 0.05
 REQUESTS_PER_EPOCH = 10**9
 
 
@@ -69,9 +71,10 @@ class Producer:
 
     async def start(self) -> None:
         """Send what dead processes left, take an epoch (which fences them), start sending."""
-        await sweep(self._ledger, self._folder, self._name)
-        self._epoch = await self._ledger.register_producer(self._name)
-        self._spool = Spool(self._folder, self._name, self._epoch)
+        async with sweeping(self._folder):
+            await sweep(self._ledger, self._folder, self._name)
+            self._epoch = await self._ledger.register_producer(self._name)
+            self._spool = Spool(self._folder, self._name, self._epoch)
         self._sender = asyncio.create_task(self._send_forever())
 
     async def stop(self) -> None:
@@ -207,6 +210,26 @@ def _sync_all(descriptors: Sequence[int]) -> None:
             os.close(descriptor)
 
 
+@contextlib.asynccontextmanager
+async def sweeping(folder: Path) -> AsyncIterator[None]:
+    """Be the only process of this machine that sweeps or takes an epoch.
+
+    Another that took its epoch while we send its old records would fence them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / "sweep.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                await asyncio.sleep(SWEEP_POLL_S)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 async def sweep(ledger: UsageLedger, folder: Path, name: str) -> None:
     """Send the records that dead processes of this machine left, under their old identity.
 
@@ -214,7 +237,6 @@ async def sweep(ledger: UsageLedger, folder: Path, name: str) -> None:
     end; ``name`` itself is about to be. Records that come too late (their epoch was fenced
     before) are put aside: their holds have ended.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     swept = set()
     for orphan in orphans(folder):
         try:

@@ -106,7 +106,7 @@ async def test_every_level_books_each_record_once_and_empties_the_spool(
     await asyncio.gather(*map(any_producer.record, records))
     await any_producer.stop()
     assert [r.request_id for r in ledger.records] == [r.request_id for r in records]
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("*.spool")) == []
 
 
 async def test_request_ids_never_repeat_over_restarts(ledger, producer, tmp_path):
@@ -205,7 +205,7 @@ class TestOrphans:
         assert ledger.records[-1].usage_quality is UsageQuality.RECOVERED
         account = await ledger.balance("acme")
         assert (account.balance_pico, account.held_pico) == (10 * 10**12 - 5 * CHARGE, 0)
-        assert list(tmp_path.iterdir()) == []
+        assert list(tmp_path.glob("*.spool")) == []
 
     async def test_orphan_of_another_slot_is_swept_and_its_producer_fenced(self, ledger, tmp_path):
         async with killed(ledger, tmp_path, "gw7") as dead:
@@ -225,7 +225,22 @@ class TestOrphans:
         await successor.start()
         await successor.stop()
         assert [r.charge_pico for r in ledger.records] == [0]
-        assert [path.suffix for path in tmp_path.iterdir()] == [".refused"]
+        assert [path.suffix for path in tmp_path.glob("gw0*")] == [".refused"]
+
+    async def test_two_processes_that_start_at_once_do_not_fence_each_other_s_orphans(
+        self, ledger, tmp_path
+    ):
+        async with killed(ledger, tmp_path, "gw1") as dead:
+            records = [await finished(ledger, dead) for _ in range(3)]
+            for one in records:
+                await dead.record(one)
+        ledger.mishaps = [Overloaded("away", retry_after_s=0.05)] * 3  # the sweep takes a while
+        heirs = [Producer(ledger, name, tmp_path) for name in ("gw0", "gw1")]
+        await asyncio.gather(*(heir.start() for heir in heirs))
+        for heir in heirs:
+            await heir.stop()
+        assert [r.request_id for r in ledger.records] == [r.request_id for r in records]
+        assert {r.usage_quality for r in ledger.records} == {"engine"}
 
     async def test_spool_of_a_living_process_is_left_alone(self, ledger, tmp_path):
         async with killed(ledger, tmp_path) as alive:
@@ -237,7 +252,7 @@ class TestOrphans:
             records = [await finished(ledger, dead) for _ in range(3)]
             for one in records:
                 await dead.record(one)
-        (path,) = tmp_path.iterdir()
+        (path,) = tmp_path.glob("*.spool")
         whole = path.read_bytes()
         record_bytes = len(whole) // 3
         for cut in range(2 * record_bytes, len(whole)):
@@ -249,7 +264,7 @@ class TestOrphans:
         async with killed(ledger, tmp_path) as dead:
             for _ in range(3):
                 await dead.record(await finished(ledger, dead))
-        (path,) = tmp_path.iterdir()
+        (path,) = tmp_path.glob("*.spool")
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 4
         path.write_bytes(content)
