@@ -372,13 +372,16 @@ def _torture(case: Case, children: list[Child], point: str | None) -> None:
                 running[name] = Child(producer_process, case, name, lives[name], plan)
                 lives[name] += 1
                 children.append(running[name])
-        if rng.random() < 0.02 and ledger_kills > 0:
+        if rng.random() < 0.01 and ledger_kills > 0:
             ledger.killed_by_case = True
             ledger.kill()  # at any moment, named or not
-        if rng.random() < 0.15:
-            step = rng.choice((86_400, 3_600, -7_200, 86_400, 9 * 86_400))
-            case.set_clock(max(0, case.elapsed + step))
-        reader.read()
+        if rng.random() < 0.03:
+            step = rng.choice((86_400, 86_400, 3_600, -7_200))
+            case.set_clock(min(max(0, case.elapsed + step), 25 * 86_400))
+        if rng.random() < 0.3:
+            reader.read()
+        else:
+            time.sleep(0.004)
     case.missing_files = reader.missing
 
 
@@ -400,7 +403,7 @@ def _note_death(case: Case, child: Child) -> None:
 
 def _finish(case: Case, children: list[Child]) -> None:
     """Settle over crashes, then close in good order."""
-    case.set_clock(case.elapsed + 45 * 86_400)
+    case.set_clock(case.elapsed + 32 * 86_400)
     points = [p for p in LEDGER_POINTS if p.startswith("settle")]
     for plan in (_plan(case.rng, points, None).split(":")[0] + ":1", ""):
         for child in children:
