@@ -19,7 +19,7 @@ from market.errors import MarketFault
 from market.ledger import files, manifest
 from market.ledger.digest import leaf_hashes, rows_root
 from market.ledger.manifest import KEYS, MONEY_COLUMNS, SCHEMAS, Dataset, Part, Sealable
-from market.ledger.rating import money_column
+from market.ledger.rating import money_sum
 
 SEAL_INTERVAL_S = 5.0
 FREE_PARTS = 800
@@ -77,7 +77,7 @@ def seal_interval(parts_today: int) -> float:
 
 def amount_pico(rows: pa.RecordBatch, dataset: Dataset) -> int:
     """Sum of the money column, exact."""
-    return int(money_column(rows[MONEY_COLUMNS[dataset]], whole=True).sum()) if rows.num_rows else 0
+    return money_sum(rows[MONEY_COLUMNS[dataset]]) if rows.num_rows else 0
 
 
 class Publisher:

@@ -125,6 +125,15 @@ def money_column(column: pa.Array, whole: bool = False) -> Ints:
     return whole_numbers
 
 
+def money_sum(column: pa.Array) -> int:
+    """Sum of a decimal128 column in pico units, exact: words are added by halves."""
+    words = np.frombuffer(column.buffers()[1], dtype="<u8").reshape(-1, 2)
+    words = words[column.offset : column.offset + len(column)]
+    low, high = words[:, 0], words[:, 1].view("<i8")
+    lower, upper = int((low & np.uint64(0xFFFFFFFF)).sum()), int((low >> np.uint64(32)).sum())
+    return lower + (upper << 32) + (int(high.sum()) << 64)
+
+
 def _billed(batch: pa.RecordBatch, output: Ints) -> npt.NDArray[np.bool_]:
     """Row by row what ``pricing.charge`` decides before it multiplies."""
     reasons = batch["finish_reason"].dictionary_encode(null_encoding="encode")

@@ -17,6 +17,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -86,6 +87,9 @@ class Sums:
     requests: list[np.ndarray[Any, Any]] = field(default_factory=list)
     corrections: list[dict[str, Any]] = field(default_factory=list)
     rows: int = 0
+    hasher: duckdb.DuckDBPyConnection = field(
+        default_factory=lambda: duckdb.connect(config={"threads": 1})
+    )
 
 
 def verify(picture: Picture) -> tuple[Finding | None, dict[str, Any]]:
@@ -305,7 +309,7 @@ def _usage_rows(picture: Picture, sums: Sums, where: str, rows: pa.RecordBatch) 
         for row in rows.filter(others).to_pylist():
             _other_row(picture, sums, where, row)
     tokens = rows if not pc.any(others, min_count=0).as_py() else rows.filter(pc.invert(others))
-    sums.requests.append(_hashes(tokens["request_id"]))
+    sums.requests.append(_hashes(sums.hasher, tokens["request_id"]))
     keys = ["tenant_id", "provider_id", "currency"]
     grouped = (
         pa.Table.from_batches([rows.select([*keys, "charge"])])
@@ -356,11 +360,13 @@ def _other_row(picture: Picture, sums: Sums, where: str, row: dict[str, Any]) ->
         sums.corrections.append(row)
 
 
-def _hashes(column: pa.Array) -> np.ndarray[Any, Any]:
+def _hashes(connection: duckdb.DuckDBPyConnection, column: pa.Array) -> np.ndarray[Any, Any]:
     """64 bits of each request id, enough to notice a double one among billions of rows."""
-    import pandas as pd
-
-    return pd.util.hash_array(column.to_numpy(zero_copy_only=False), categorize=False)
+    connection.register("ids", pa.table({"id": column}))
+    found: np.ndarray[Any, Any] = connection.execute(
+        "SELECT hash(id) AS h FROM ids WHERE id IS NOT NULL"
+    ).fetchnumpy()["h"]
+    return found
 
 
 def _transfer_rows(picture: Picture, sums: Sums, where: str, rows: pa.RecordBatch) -> None:

@@ -85,7 +85,7 @@ class Case:
         self.clock_file = self.home / "clock"
         self.set_clock(0)
         self.producers = [f"gw{n}" for n in range(self.rng.randint(1, 2))]
-        self.records = self.rng.randint(30, 120)
+        self.records = self.rng.randint(20, 60)
         self.shared = self.rng.random() < 0.5
         self.sync = self.rng.choice(list(UsageSync))
 
@@ -145,7 +145,7 @@ async def _serve_ledger(case: Case) -> None:
 
     async def work():
         while True:
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.04)
             await ledger.publish()
             await ledger.keep_house()
 
@@ -387,6 +387,8 @@ def _torture(case: Case, children: list[Child], point: str | None) -> None:
 
 def _plan(rng: random.Random, points, point: str | None) -> str:
     chosen = point or rng.choice(points)
+    if chosen.startswith("repair"):  # there must be something to repair
+        return rng.choice(("prepared:1", f"{chosen}:1"))
     most = 60 if chosen in ("before-commit", "committed", "spooled") else 3
     return f"{chosen}:{rng.randint(1, most)}"
 
@@ -404,8 +406,8 @@ def _note_death(case: Case, child: Child) -> None:
 def _finish(case: Case, children: list[Child]) -> None:
     """Settle over crashes, then close in good order."""
     case.set_clock(case.elapsed + 32 * 86_400)
-    points = [p for p in LEDGER_POINTS if p.startswith("settle")]
-    for plan in (_plan(case.rng, points, None).split(":")[0] + ":1", ""):
+    points = [p for p in LEDGER_POINTS if p.startswith(("settle", "compact"))]
+    for plan in (f"{points[case.seed % len(points)]}:1", ""):
         for child in children:
             child.kill()
         ledger = Child(ledger_process, case, plan)
@@ -417,11 +419,15 @@ def _finish(case: Case, children: list[Child]) -> None:
 
 
 async def _settle(case: Case, ledger: Child) -> None:
-    """Settle month by month; the last is the one before that of the clock."""
+    """Compact, then settle month by month; the last is the one before that of the clock."""
+    compacted = False
     month = START
     last = START + timedelta(seconds=case.elapsed)
     while ledger.alive() and f"{month:%Y-%m}" < f"{last:%Y-%m}":
         try:
+            if not compacted:
+                await Wire(case).compact()
+                compacted = True
             await Wire(case).settle(f"{month:%Y-%m}", "key-op", False)
             month = month.replace(day=1) + timedelta(days=32)
         except Overloaded:

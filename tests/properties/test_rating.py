@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 
 from market import pricing
 from market.errors import InvalidRequest
-from market.ledger.rating import check_tokens, money_column, require_tokens, token_columns
+from market.ledger.rating import (
+    check_tokens,
+    money_column,
+    money_sum,
+    require_tokens,
+    token_columns,
+)
 from market.ledger.schema import BATCH, MONEY, decode, encode_batch, money_array, money_picos
 from market.types import FinishReason, Lane, RecordKind, TokenCounts, UsageRecord
 
@@ -247,3 +253,10 @@ def replace_charge(row):
     counts = TokenCounts(row.input_tokens, row.cached_input_tokens, row.output_tokens)
     right = pricing.charge(counts, CARDS[row.price_id], row.finish_reason, row.lane)
     return rated_again(row, right)
+
+
+@given(st.lists(st.integers(-(10**37), 10**37), min_size=1, max_size=40), st.integers(0, 39))
+def test_sum_of_a_money_column_is_exact_also_of_a_slice(picos, start):
+    column = money_array(picos)
+    assert money_sum(column) == sum(picos)
+    assert money_sum(column.slice(start)) == sum(picos[start:])
