@@ -29,7 +29,6 @@ from market.types import (
     HoldRequest,
     Principal,
     RateCard,
-    RecordKind,
     Role,
     Route,
     Sampling,
@@ -352,28 +351,12 @@ def make_record(
     finished_s: float,
 ) -> UsageRecord:
     """The usage record of a request that has ended."""
-    # Once per request, and the larger part of what metering costs: hence no detour by for_hold.
-    hold, counts = admission.hold.request, meter.counts
-    return UsageRecord(
-        kind=RecordKind.TOKENS,
-        request_id=hold.hold_id,
-        tenant_id=hold.tenant_id,
-        api_key_id=hold.api_key_id,
-        model=hold.model,
-        lane=hold.lane,
-        deployment_id=hold.deployment_id,
-        provider_id=hold.provider_id,
-        node_id=hold.node_id,
-        gpu_type=hold.gpu_type,
-        gpu_milli=hold.gpu_milli,
-        started_at=hold.started_at,
+    request, counts = admission.hold.request, meter.counts
+    return UsageRecord.for_hold(
+        request,
+        counts=counts,
         finished_at=finished_at,
-        input_tokens=counts.input_tokens,
-        cached_input_tokens=counts.cached_input_tokens,
-        output_tokens=counts.output_tokens,
-        price_id=hold.price_id,
-        charge_pico=pricing.charge(counts, admission.card, outcome, hold.lane),
-        currency=hold.currency,
+        charge_pico=pricing.charge(counts, admission.card, outcome, request.lane),
         finish_reason=outcome,
         claimed_output_tokens=meter.claimed_output_tokens,
         queue_ms=meter.elapsed_ms(meter.dispatched_s),

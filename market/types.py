@@ -6,7 +6,6 @@ Money is an integer of pico units (10^-12 of the currency) everywhere inside the
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
 
 import msgspec
 
@@ -245,8 +244,23 @@ class UsageRecord(msgspec.Struct, frozen=True, gc=False, array_like=True):
     attrs: tuple[tuple[str, str], ...] = ()
 
     @classmethod
-    def for_hold(cls, hold: HoldRequest, *, counts: TokenCounts, **ending: Any) -> "UsageRecord":
-        """The record that ends ``hold``; ``ending`` are the fields that only its end decides."""
+    def for_hold(  # noqa: PLR0913  # what only the request's end decides; all by name
+        cls,
+        hold: HoldRequest,
+        *,
+        counts: TokenCounts,
+        finished_at: datetime,
+        charge_pico: int,
+        finish_reason: FinishReason | None,
+        usage_quality: UsageQuality = UsageQuality.ENGINE,
+        claimed_output_tokens: int | None = None,
+        queue_ms: int | None = None,
+        ttft_ms: int | None = None,
+        duration_ms: int | None = None,
+        slice_id: str | None = None,
+        attrs: tuple[tuple[str, str], ...] = (),
+    ) -> "UsageRecord":
+        """The record of a request that had ``hold``, or drew on the shared one ``slice_id``."""
         return cls(
             kind=RecordKind.TOKENS,
             request_id=hold.hold_id,
@@ -260,12 +274,21 @@ class UsageRecord(msgspec.Struct, frozen=True, gc=False, array_like=True):
             gpu_type=hold.gpu_type,
             gpu_milli=hold.gpu_milli,
             started_at=hold.started_at,
-            price_id=hold.price_id,
-            currency=hold.currency,
+            finished_at=finished_at,
             input_tokens=counts.input_tokens,
             cached_input_tokens=counts.cached_input_tokens,
             output_tokens=counts.output_tokens,
-            **ending,
+            price_id=hold.price_id,
+            charge_pico=charge_pico,
+            currency=hold.currency,
+            finish_reason=finish_reason,
+            usage_quality=usage_quality,
+            claimed_output_tokens=claimed_output_tokens,
+            queue_ms=queue_ms,
+            ttft_ms=ttft_ms,
+            duration_ms=duration_ms,
+            slice_id=slice_id,
+            attrs=attrs,
         )
 
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from market import storage
-from market.errors import Overloaded
+from market.errors import MarketFault, Overloaded
 from market.ledger.files import SyncFailed
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,12 @@ class Writer:
             self._engine.dispose()
 
     async def submit(self, command: storage.Command) -> Any:
-        """Run a command in the next transaction. Raises Overloaded while the disk is full."""
+        """Run a command in the next transaction.
+
+        Raises Overloaded while the disk is full, MarketFault after the database has failed.
+        """
+        if self._task is None or self._task.done():
+            raise MarketFault("the ledger's writer has ended")
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         await self._commands.put((command, future))
         return await future
@@ -97,6 +102,8 @@ class Writer:
             try:
                 results = await self.run_group([command for command, _ in waiting])
             except Exception as error:
+                while not self._commands.empty():
+                    waiting.append(self._commands.get_nowait())
                 _answer(waiting, [error] * len(waiting))
                 raise
             _answer(waiting, results)

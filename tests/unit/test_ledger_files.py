@@ -1,5 +1,6 @@
 """The ledger over real SQLite and real Parquet: restarts, half-done publishing, plain readers."""
 
+import asyncio
 import contextlib
 import os
 import sqlite3
@@ -258,6 +259,27 @@ class TestCrashWhilePublishing:
                 with pytest.raises(OSError, match="no space"):
                     await ledger._writer.run_group([])
             assert box.fatal == [1]
+
+
+async def test_after_a_failed_commit_nothing_waits_for_ever(tmp_path, monkeypatch):
+    box = Box(tmp_path)
+    ledger = Ledger(box.config, box.clock, on_fatal=lambda: box.fatal.append(1))
+    await ledger.open()
+
+    def broken(*_arguments):
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("market.storage.run_group", broken)
+        results = await asyncio.gather(
+            *(ledger.tenants() for _ in range(5)), return_exceptions=True
+        )
+    assert {type(result) for result in results} == {OSError}
+    assert box.fatal == [1]
+    with pytest.raises(MarketFault, match="has ended"):
+        await ledger.tenants()
+    with pytest.raises(MarketFault):
+        await ledger.close()
 
 
 class TestUsageReport:
