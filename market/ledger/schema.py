@@ -111,7 +111,7 @@ def decode(payload: bytes) -> pa.RecordBatch:
     try:
         batch = pa.ipc.read_record_batch(pa.py_buffer(payload)[8:], BATCH)
         batch.validate()
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowInvalid, OSError, EOFError) as error:
         raise InvalidRequest(f"a damaged batch: {error}") from error
     return batch
 
