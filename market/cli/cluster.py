@@ -82,3 +82,7 @@ def status(output: OutputOption = Output.TABLE) -> None:
     ledger = answer["ledger"]
     print(f"ledger   {ledger['next_lsn'] - 1:,} records, {ledger['open_holds']} open holds")
     print(f"tenants  {answer['tenants']}")
+    if not ledger["has_room"]:
+        print("ALARM    the ledger's disk is full: no new request is admitted")
+    for alarm in ledger["alarms"]:
+        print(f"ALARM    {alarm['name']} of {alarm['about']}: {alarm['detail']}")
