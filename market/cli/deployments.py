@@ -1,4 +1,4 @@
-"""``market deploy``, ``undeploy`` and ``deployments``; offers, providers and prices beside them."""
+"""``market deploy``, ``undeploy`` and ``deployments``; offers beside them."""
 
 import time
 from typing import Annotated, Any
@@ -17,8 +17,6 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="Example: market undeploy tiny-qwen")(undeploy)
     app.command(epilog="Example: market deployments --output json")(deployments)
     app.command(epilog="Example: market offers")(offers)
-    app.command(epilog="Example: market prices")(prices)
-    app.command(epilog="Example: market providers")(providers)
 
 
 def deploy(
@@ -79,20 +77,6 @@ def offers(output: OutputOption = Output.TABLE) -> None:
     rows = request("GET", "/offers")
     columns = ("offer_id", "provider_id", "node_id", "gpu_type", "cpu_count", "memory_mib", "ask")
     show(output, rows, columns)
-
-
-def prices(output: OutputOption = Output.TABLE) -> None:
-    """List prices per million tokens."""
-    from market.cli.api import request
-
-    show(output, request("GET", "/prices"))
-
-
-def providers(output: OutputOption = Output.TABLE) -> None:
-    """List providers."""
-    from market.cli.api import request
-
-    show(output, request("GET", "/providers"))
 
 
 def _wait(deployment: dict[str, Any], timeout_s: float) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class TestByHand:
     def test_offer_of_this_machine_is_there(self, market):
         (offer,) = market.cli("offers")
         assert (offer["provider_id"], offer["gpu_type"]) == ("local", "cpu")
-        assert market.cli("providers") == [{"provider_id": "local"}]
+        assert market.cli("providers", "ls") == [{"provider_id": "local"}]
 
     def test_model_that_does_not_fit_says_what_is_missing(self, market):
         done = market.run("deploy", "qwen-7b")
