@@ -56,20 +56,29 @@ def prove(
     size: Annotated[
         int | None, typer.Option(help="Prove it against the checkpoint of this size.")
     ] = None,
+    output: OutputOption = Output.JSON,
 ) -> None:
-    """Print a proof that a request's row is in the log, for scripts/verify_proof.py."""
+    """Print a proof that a request's row is in the log, for scripts/verify_proof.py (JSON)."""
     from market.cli.api import request
 
     parameters = {} if size is None else {"size": size}
-    show(Output.JSON, request("GET", f"/ledger/proofs/{request_id}", params=parameters))
+    proof = request("GET", f"/ledger/proofs/{request_id}", params=parameters)
+    if output is Output.JSON:
+        show(output, proof)
+    else:
+        show(output, [{"column": name, "value": value} for name, _, value in proof["row"]])
 
 
 @app.command(epilog="Example: market ledger checkpoint > checkpoint.txt")
-def checkpoint() -> None:
+def checkpoint(output: OutputOption = Output.TABLE) -> None:
     """Print a signed checkpoint: whoever keeps it can prove that nothing was rewritten."""
     from market.cli.api import request
 
-    print(request("GET", "/ledger/checkpoint")["checkpoint"], end="")
+    answer = request("GET", "/ledger/checkpoint")
+    if output is Output.JSON:
+        show(output, answer)
+    else:
+        print(answer["checkpoint"], end="")
 
 
 @app.command(epilog="Example: market ledger compact")

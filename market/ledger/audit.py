@@ -35,6 +35,7 @@ from market.storage import to_micros
 logger = logging.getLogger(__name__)
 
 CHAIN_AT_ONCE = 64
+PICTURE = ".picture"
 VERIFY_TIMEOUT_S = 4 * 3600
 
 
@@ -46,6 +47,11 @@ class Auditor:
         self._writer = writer
         self._store = store
         self._sealer = sealer
+
+    def clear(self) -> None:
+        """Delete pictures of the books that a killed process left."""
+        for picture in self._config.state_dir.glob(f"*{PICTURE}"):
+            picture.unlink()
 
     async def verify(self) -> dict[str, Any]:
         """Recompute everything; ``finding`` is None or the first thing that is wrong."""
@@ -107,6 +113,7 @@ class Auditor:
         """The part with the request's own row, that part's rows, and the row's place."""
 
         def search() -> tuple[Part, pa.RecordBatch, int] | None:
+            """Newest files first; again if one goes away."""
             paths: dict[Path, list[Part]] = {}
             for part in parts:
                 paths.setdefault(self._sealer.publisher.path(part), []).append(part)
@@ -187,7 +194,7 @@ class Auditor:
         return None
 
     async def _in_own_process(self, picture: Picture) -> dict[str, Any]:
-        with tempfile.NamedTemporaryFile(dir=self._config.state_dir, suffix=".picture") as file:
+        with tempfile.NamedTemporaryFile(dir=self._config.state_dir, suffix=PICTURE) as file:
             await asyncio.to_thread(pickle.dump, picture, file)
             file.flush()
             process = await asyncio.create_subprocess_exec(

@@ -96,6 +96,7 @@ class Ledger:
             repairs = [self._sealer.publisher.repair, self._sealer.compactor.repair]
             await self._writer.open([*repairs, self._store.open])
             await asyncio.to_thread(self._sealer.open)
+            self._auditor.clear()
         except BaseException:
             self._resources.close()
             raise

@@ -60,7 +60,7 @@ class Snapshot:
                     f" UNION ALL SELECT * FROM read_parquet([{names}], hive_partitioning = false)"
                 )
             connection.execute(f"CREATE VIEW {dataset} AS {source}")
-        connection.register("rate_cards", _cards(self.cards))
+        connection.register("rate_cards", cards_table(self.cards))
         return closing(connection)
 
 
@@ -100,7 +100,8 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _cards(cards: dict[str, RateCard]) -> pa.Table:
+def cards_table(cards: dict[str, RateCard]) -> pa.Table:
+    """Rate cards as the queries see them; amounts in pico units."""
     pico = pa.decimal128(38, 0)
     schema = pa.schema(
         [

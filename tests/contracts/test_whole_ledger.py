@@ -1,4 +1,4 @@
-"""The ledger's whole life over both databases: book, seal, compact, refund, settle, verify, restart."""
+"""The ledger's whole life on both databases: book, seal, compact, refund, settle, verify."""
 
 import contextlib
 

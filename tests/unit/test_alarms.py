@@ -1,13 +1,19 @@
 """What may be losing money is noticed, and nothing else raises an alarm."""
 
+import contextlib
 from datetime import timedelta
+from decimal import Decimal
 
+import duckdb
 import msgspec
+import pyarrow as pa
 import pytest
 
-from market.ledger.schema import encode_batch
+from market.ledger import alarms
+from market.ledger.schema import USAGE, encode_batch
+from market.ledger.snapshot import cards_table
 from tests.contracts.test_ledger import WANTED, record
-from tests.samples import hold_request
+from tests.samples import CARD, NOON, hold_request
 from tests.unit.test_ledger_files import Box
 
 
@@ -66,6 +72,43 @@ async def test_rows_that_are_not_published(box):
     assert await names(box) == ["publish_lag"]
     await box.ledger.publish()
     assert await names(box) == []
+
+
+class Charged:
+    """A snapshot with one finished answer of the given charge: the books would refuse it."""
+
+    def __init__(self, charge):
+        rows = [
+            {
+                "kind": "tokens",
+                "charge": charge,
+                "lane": "tokens",
+                "booked_at": NOON,
+                "finished_at": NOON,
+                "finish_reason": "stop",
+                "input_tokens": 5,
+                "output_tokens": 7,
+                "claimed_output_tokens": 7,
+                "provider_id": "local",
+                "price_id": CARD.price_id,
+                "attrs": None,
+            }
+        ]
+        fields = [USAGE.field(name) for name in rows[0]]
+        self.usage = pa.Table.from_pylist(rows, schema=pa.schema(fields))
+
+    def connect(self):
+        connection = duckdb.connect()
+        connection.register("usage", self.usage)
+        connection.register("rate_cards", cards_table({CARD.price_id: CARD}))
+        return contextlib.closing(connection)
+
+
+@pytest.mark.parametrize(("charge", "raised"), [(0, ["tokens_for_free"]), (1, [])])
+def test_finished_answer_that_cost_nothing(charge, raised):
+    numbers = {"stale_holds": 0, "publish_lag_s": 0.0}
+    watch = alarms.look(Charged(Decimal(charge)), NOON, numbers)
+    assert [alarm.name for alarm in watch.alarms] == raised
 
 
 async def test_is_logged_once_while_it_lasts(box, caplog):
