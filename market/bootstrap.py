@@ -9,6 +9,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import httpx
 import ray
@@ -22,6 +23,7 @@ from market.cluster.actors import proxy, start_service, stop_service
 from market.cluster.serve import ServeCluster, import_builder, run_application
 from market.config import Config
 from market.errors import InvalidRequest, MarketFault
+from market.ledger.producer import send
 from market.ledger.service import Ledger
 from market.scheduler.service import Scheduler
 from market.types import CURRENCY, Offer, Principal, Role
@@ -45,7 +47,9 @@ def make_ledger(config: Config) -> Ledger:
 
 def make_scheduler(config: Config) -> Scheduler:
     """The scheduler service as its actor runs it."""
-    return Scheduler(config, SystemClock(), ledger_client(), ServeCluster(config))
+    ledger = ledger_client()
+    cluster = ServeCluster(config)
+    return Scheduler(config, SystemClock(), ledger, cluster, partial(send, ledger))
 
 
 def ledger_client() -> Ledger:
@@ -82,7 +86,7 @@ def up(config: Config, operator_key_hash: str, operator_key_id: str, report: Rep
         options = HTTPOptions(host=config.http_host, port=config.http_port)
         serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options)
         start_service(SCHEDULER, "market.bootstrap:make_scheduler", config)
-        asyncio.run(scheduler_client().offer(local_offer()))
+        asyncio.run(scheduler_client().offer(local_offer(config)))
         app = import_builder(GATEWAY_APP)(config)
         if GATEWAY not in serve.status().applications:
             run_application(app, GATEWAY, route_prefix="/")
@@ -96,7 +100,7 @@ async def _register(operator: Principal, key_hash: str) -> None:
     await ledger.add_rate_cards(catalog.default_rate_cards(), only_new_models=True)
 
 
-def local_offer() -> Offer:
+def local_offer(config: Config) -> Offer:
     """This machine as an offer of the provider ``local``."""
     gpus = hardware.gpus()
     return Offer(
@@ -109,6 +113,8 @@ def local_offer() -> Offer:
         memory_mib=hardware.memory_mib(),
         ask_pico=pricing.parse_money(ASK_PER_GPU_HOUR),
         currency=CURRENCY,
+        priced_at=SystemClock().now(),
+        models_dir=str(config.models_dir),
     )
 
 
@@ -123,6 +129,7 @@ def down(config: Config, report: Report) -> bool:
     try:
         with _connected(head):
             report("draining the gateway")
+            asyncio.run(scheduler_client().close())
             stop_service(SCHEDULER)
             with contextlib.suppress(Exception):  # a broken Serve must not keep us from sealing
                 serve.delete(GATEWAY)

@@ -12,6 +12,7 @@ from market.errors import InvalidRequest
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_FEE_BPS = 1000
 DEFAULT_ISSUER = "Compute Market"
+DEFAULT_NODE_PATIENCE_S = 60
 
 
 class UsageSync(StrEnum):
@@ -34,6 +35,7 @@ class Config:
     fee_bps: int = DEFAULT_FEE_BPS
     issuer: str = DEFAULT_ISSUER
     usage_sync: UsageSync = UsageSync.SPOOL
+    node_patience_s: int = DEFAULT_NODE_PATIENCE_S
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> "Config":
@@ -52,6 +54,9 @@ class Config:
         sync = environ.get("MARKET_USAGE_SYNC") or UsageSync.SPOOL
         if sync not in list(UsageSync):
             raise InvalidRequest(f"MARKET_USAGE_SYNC={sync!r}: choose from {', '.join(UsageSync)}")
+        patience = environ.get("MARKET_NODE_PATIENCE_S") or str(DEFAULT_NODE_PATIENCE_S)
+        if not patience.isdigit():
+            raise InvalidRequest(f"MARKET_NODE_PATIENCE_S={patience!r}: whole seconds, e.g. 60")
         return cls(
             home,
             url,
@@ -59,6 +64,7 @@ class Config:
             int(fee),
             environ.get("MARKET_ISSUER") or DEFAULT_ISSUER,
             UsageSync(sync),
+            int(patience),
         )
 
     @property

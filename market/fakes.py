@@ -2,22 +2,30 @@
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from market import accounts as rules
 from market import pricing
 from market.accounts import Account, Books, HoldResult, HoldState, Transfer, TransferKind
+from market.catalog import Model
 from market.errors import Conflict, EngineFailed, InvalidRequest, NotFound
 from market.ports import Engine
 from market.types import (
     CURRENCY,
+    AppStatus,
+    ClusterView,
+    Deployment,
     EngineChunk,
     EngineRequest,
     FinishReason,
     HoldRequest,
+    Offer,
+    Principal,
     RateCard,
+    RecordKind,
+    Replica,
     Route,
     TokenCounts,
     UsageQuality,
@@ -96,11 +104,15 @@ class FakeRoutes:
     def __init__(self, route: Route, card: RateCard | None, engine: Engine) -> None:
         self._route, self.card, self._engine = route, card, engine
 
-    async def route(self, model: str) -> Route:
+    async def route(self, model: str, principal: Principal) -> Route:
         """Raises NotFound for any other model."""
         if model != self._route.model:
             raise NotFound(f"model {model!r} is not served", code="model_not_found")
         return self._route
+
+    def another(self, route: Route) -> Route:
+        """There is no other."""
+        return route
 
     async def rate_card(self, model: str) -> RateCard:
         """The card, or NotFound."""
@@ -121,6 +133,7 @@ class MemoryLedger:
         self._books = Books({a.account_id: a for a in rules.chart_of_accounts(CURRENCY)})
         self._cards = {pricing.NO_PRICE.price_id: pricing.NO_PRICE}
         self._producers: dict[str, tuple[int, int]] = {}
+        self._lease_us: dict[tuple[str, str], int] = defaultdict(int)
         self.records: list[UsageRecord] = []
 
     async def create_tenant(self, tenant_id: str) -> bool:
@@ -140,6 +153,10 @@ class MemoryLedger:
             known = any(other.model == card.model for other in self._cards.values())
             if not (only_new_models and known):
                 self._cards[card.price_id] = card
+
+    async def rate_card(self, model: str) -> RateCard | None:
+        """A price of the model, None if there is none."""
+        return next((card for card in self._cards.values() if card.model == model), None)
 
     async def balance(self, tenant_id: str) -> Account:
         """A tenant's account."""
@@ -209,9 +226,11 @@ class MemoryLedger:
         if first_seq > next_seq:
             raise Conflict("gap in the sequence", code="sequence_gap")
         fresh = records[next_seq - first_seq :]
+        lease_us = self._lease_us.copy()
         for record in fresh:
-            self._check_charge(record)
+            self._check_charge(record, lease_us)
         self._check_holds(fresh)
+        self._lease_us = lease_us
         for record in fresh:
             self._book(record)
         next_seq = max(next_seq, first_seq + len(records))
@@ -223,12 +242,19 @@ class MemoryLedger:
         if epoch != known:
             raise Conflict(f"{producer} of epoch {epoch} is fenced", code="producer_fenced")
 
-    def _check_charge(self, record: UsageRecord) -> None:
+    def _check_charge(self, record: UsageRecord, lease_us: dict[tuple[str, str], int]) -> None:
         card = self._cards.get(record.price_id)
         if card is None:
             raise InvalidRequest(f"unknown price {record.price_id}")
         counts = TokenCounts(record.input_tokens, record.cached_input_tokens, record.output_tokens)
-        if record.charge_pico != pricing.charge(counts, card, record.finish_reason, record.lane):
+        if record.kind is RecordKind.GPU:
+            lease = (record.lease_id or "", record.price_id)
+            before_us, gpu_us = lease_us[lease], record.gpu_us or 0
+            expected = pricing.gpu_charge(before_us, gpu_us, card.gpu_hour_pico)
+            lease_us[lease] += gpu_us
+        else:
+            expected = pricing.charge(counts, card, record.finish_reason, record.lane)
+        if record.charge_pico != expected:
             raise InvalidRequest(f"charge does not follow from {card.price_id}")
 
     def _check_holds(self, records: Sequence[UsageRecord]) -> None:
@@ -241,7 +267,7 @@ class MemoryLedger:
             if hold is not None and amount_pico > hold.left_pico:
                 raise InvalidRequest(f"hold {hold_id} has only {hold.left_pico} left")
         for record in records:
-            if record.request_id is not None:
+            if record.request_id is not None or record.slice_id is not None:
                 self._check_hold(record)
 
     def _check_hold(self, record: UsageRecord) -> None:
@@ -251,10 +277,10 @@ class MemoryLedger:
             raise InvalidRequest(f"hold {hold_id} is unknown or not of {record.tenant_id}")
 
     def _book(self, record: UsageRecord) -> None:
-        if record.request_id is None:
-            pass
-        elif record.slice_id is not None:
+        if record.slice_id is not None:
             self._books.draw_hold(record.slice_id, record.charge_pico)
+        elif record.request_id is None:
+            pass
         elif record.usage_quality is UsageQuality.RECOVERED:
             self._books.expire_hold(record.request_id)
         elif record.charge_pico == 0:
@@ -278,6 +304,72 @@ class MemoryLedger:
                     lsn_hi=lsn,
                 )
             )
+
+
+class FakeCluster:
+    """Nodes and applications that do what the test says; a started replica is ready when told.
+
+    With ``instant`` it is ready at once.
+    """
+
+    def __init__(self, nodes: Iterable[str] = ("local",), instant: bool = False) -> None:
+        self.nodes = set(nodes)
+        self.instant = instant
+        self.apps: dict[str, AppStatus] = {}
+        self.homes: dict[str, str] = {}
+        self.processes: dict[str, set[str]] = defaultdict(set)
+        self.taken: set[tuple[str, int]] = set()
+        self.broken: set[str] = set()
+        self.started: list[str] = []
+        self._runs = 0
+
+    def check(self, model: Model, engine: str) -> None:
+        """Raises InvalidRequest for engines that nobody knows."""
+        if engine not in ("transformers", "vllm"):
+            raise InvalidRequest(f"engine {engine} is unknown", param="engine")
+
+    def look(self) -> ClusterView:
+        """Nodes that live, applications as they are; none runs on a node that is lost."""
+        seen = {
+            name: app if self.homes[name] in self.nodes else AppStatus(None, False, "node lost")
+            for name, app in self.apps.items()
+        }
+        return ClusterView(frozenset(self.nodes), seen)
+
+    def start(self, replica: Replica, deployment: Deployment, offer: Offer) -> None:
+        """Begin to run it."""
+        if deployment.model in self.broken:
+            raise RuntimeError("cannot start this one")
+        self.apps.setdefault(replica.app_name, AppStatus(None, False, ""))
+        self.homes[replica.app_name] = offer.node_id
+        self.processes[offer.node_id].add(replica.replica_id)
+        self.started.append(replica.replica_id)
+        if self.instant:
+            self.ready(replica.app_name)
+
+    def ready(self, app_name: str | None = None) -> None:
+        """A new process of this application (or of all) serves."""
+        for name in list(self.apps) if app_name is None else [app_name]:
+            self._runs += 1
+            self.apps[name] = AppStatus(f"run-{self._runs}", False, "")
+
+    def remove(self, app_name: str) -> None:
+        """Gone at once, with its processes."""
+        if self.apps.pop(app_name, None) is not None:
+            replica_id = app_name.removeprefix("model-")
+            self.processes[self.homes.pop(app_name)].discard(replica_id)
+
+    def residents(self, node_id: str) -> frozenset[str]:
+        """Replicas with processes there."""
+        return frozenset(self.processes[node_id])
+
+    def memory_taken(self, node_id: str, others_milli: Mapping[int, int]) -> frozenset[int]:
+        """As the test says."""
+        return frozenset(index for index in others_milli if (node_id, index) in self.taken)
+
+    def end(self, replica_id: str, node_id: str) -> None:
+        """Its processes are gone."""
+        self.processes[node_id].discard(replica_id)
 
 
 class DirectSink:

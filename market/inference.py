@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, TypeVar
 
+import msgspec
+
 from market import pricing
 from market.accounts import Hold, HoldResult, HoldStatus
 from market.errors import (
@@ -27,6 +29,7 @@ from market.types import (
     EngineRequest,
     FinishReason,
     HoldRequest,
+    Lane,
     Principal,
     RateCard,
     Role,
@@ -67,7 +70,8 @@ class Admission:
 class Meter:
     """Counts what the gateway received from the engine: the basis of the bill."""
 
-    def __init__(self, input_tokens: int, arrived_s: float) -> None:
+    def __init__(self, route: Route, input_tokens: int, arrived_s: float) -> None:
+        self.route = route
         self._input_tokens = input_tokens
         self._arrived_s = arrived_s
         self._cached_input_tokens = 0
@@ -139,16 +143,16 @@ class Inference:
         limit = output_limit(route, input_tokens, sampling.max_tokens)
         card = await self._routes.rate_card(route.model)
         producer, epoch = self._sink.identity()
+        least = min(limit, pricing.FIRST_BLOCK_TOKENS)
+        paid_by_the_hour = route.lane is Lane.LEASE
         request = HoldRequest(
             hold_id=self._sink.next_request_id(),
             producer=producer,
             epoch=epoch,
             tenant_id=principal.subject_id,
             api_key_id=principal.api_key_id,
-            wanted_pico=pricing.ceiling(input_tokens, limit, card),
-            minimum_pico=pricing.ceiling(
-                input_tokens, min(limit, pricing.FIRST_BLOCK_TOKENS), card
-            ),
+            wanted_pico=0 if paid_by_the_hour else pricing.ceiling(input_tokens, limit, card),
+            minimum_pico=0 if paid_by_the_hour else pricing.ceiling(input_tokens, least, card),
             model=route.model,
             lane=route.lane,
             deployment_id=route.deployment_id,
@@ -161,7 +165,9 @@ class Inference:
             started_at=started_at,
         )
         hold = granted(await self._open_hold(request), request, input_tokens, card)
-        affordable = pricing.affordable_output(hold.amount_pico, input_tokens, card)
+        affordable = None
+        if not paid_by_the_hour:
+            affordable = pricing.affordable_output(hold.amount_pico, input_tokens, card)
         limited_by_budget = affordable is not None and affordable < limit
         if limited_by_budget:
             assert affordable is not None
@@ -187,7 +193,7 @@ class Inference:
         Closing or cancelling it means the client hung up: the engine is aborted and what was
         generated is recorded in the background. Raises EngineFailed or MarketFault, not billed.
         """
-        meter = Meter(len(admission.prompt_token_ids), admission.arrived_s)
+        meter = Meter(admission.route, len(admission.prompt_token_ids), admission.arrived_s)
         outcome = FinishReason.CLIENT_DISCONNECT
         try:
             async with aclosing(self._dispatch(admission, meter)) as chunks:
@@ -260,10 +266,12 @@ class Inference:
         )
         for attempt in range(1, DISPATCHES_MAX + 1):
             meter.dispatched_s = self._clock.monotonic()
+            if attempt > 1:
+                meter.route = self._routes.another(meter.route)
             # Another id on the second try: a half-dead replica may still know the first.
             tried = replace(request, request_id=f"{request.request_id}-{attempt}")
             try:
-                engine = self._routes.engine(admission.route)
+                engine = self._routes.engine(meter.route)
                 async with aclosing(engine.generate(tried)) as chunks:
                     async for chunk in chunks:
                         yield chunk
@@ -352,7 +360,7 @@ def make_record(
 ) -> UsageRecord:
     """The usage record of a request that has ended."""
     request, counts = admission.hold.request, meter.counts
-    return UsageRecord.for_hold(
+    record = UsageRecord.for_hold(
         request,
         counts=counts,
         finished_at=finished_at,
@@ -362,5 +370,17 @@ def make_record(
         queue_ms=meter.elapsed_ms(meter.dispatched_s),
         ttft_ms=meter.elapsed_ms(meter.first_token_s),
         duration_ms=meter.elapsed_ms(finished_s),
+        lease_id=meter.route.lease_id,
         attrs=meter.evidence(),
+    )
+    if meter.route is admission.route:
+        return record
+    # Whoever served is paid, not who was asked first.
+    served = meter.route
+    return msgspec.structs.replace(
+        record,
+        provider_id=served.provider_id,
+        node_id=served.node_id,
+        gpu_type=served.gpu_type,
+        gpu_milli=served.gpu_milli,
     )

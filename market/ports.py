@@ -5,7 +5,15 @@ from datetime import datetime
 from typing import Protocol
 
 from market.accounts import HoldResult
-from market.types import EngineChunk, EngineRequest, HoldRequest, RateCard, Route, UsageRecord
+from market.types import (
+    EngineChunk,
+    EngineRequest,
+    HoldRequest,
+    Principal,
+    RateCard,
+    Route,
+    UsageRecord,
+)
 
 
 class Clock(Protocol):
@@ -61,8 +69,12 @@ class UsageSink(Protocol):
 class Routes(Protocol):
     """Which deployment serves a model, at what price."""
 
-    async def route(self, model: str) -> Route:
+    async def route(self, model: str, principal: Principal) -> Route:
         """Raises NotFound for an unknown model, NoCapacity if it is not ready."""
+        ...
+
+    def another(self, route: Route) -> Route:
+        """Another replica for a second try; the same if there is no other."""
         ...
 
     async def rate_card(self, model: str) -> RateCard:

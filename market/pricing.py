@@ -129,7 +129,7 @@ def charge(
     return token_cost(counts, card)
 
 
-def gpu_charge(before_us: int, segment_us: int, card: RateCard) -> int:
+def gpu_charge(before_us: int, segment_us: int, gpu_hour_pico: int) -> int:
     """Charge of a lease's next segment after ``before_us`` micro-GPU-seconds of it, in pico units.
 
     The floor of the cumulative price less the floor before: the segments' sum is exact to the
@@ -137,11 +137,25 @@ def gpu_charge(before_us: int, segment_us: int, card: RateCard) -> int:
     """
     if before_us < 0 or segment_us < 0:
         raise ValueError(f"impossible GPU time: {before_us} + {segment_us}")
+    until = (before_us + segment_us) * gpu_hour_pico // GPU_US_PER_HOUR
+    return until - before_us * gpu_hour_pico // GPU_US_PER_HOUR
 
-    def until(gpu_us: int) -> int:
-        return gpu_us * card.gpu_hour_pico // GPU_US_PER_HOUR
 
-    return until(before_us + segment_us) - until(before_us)
+def gpu_ceiling(gpu_us: int, gpu_hour_pico: int) -> int:
+    """The most that segments of so many micro-GPU-seconds in all can cost, in pico units."""
+    return -(-gpu_us * gpu_hour_pico // GPU_US_PER_HOUR)
+
+
+def gpu_affordable(amount_pico: int, gpu_hour_pico: int) -> int:
+    """Micro-GPU-seconds whose ceiling is at most ``amount_pico``; the price must not be 0."""
+    return amount_pico * GPU_US_PER_HOUR // gpu_hour_pico
+
+
+def gpu_rate_card(
+    offer_id: str, ask_pico: int, valid_from: datetime, currency: str = CURRENCY
+) -> RateCard:
+    """The price of an offer's GPU time."""
+    return make_rate_card(f"offer:{offer_id}", (0, 0, 0), valid_from, currency, ask_pico)
 
 
 def fee(charge_pico: int, fee_bps: int) -> int:

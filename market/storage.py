@@ -224,7 +224,7 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
-def upsert(connection: Connection, table: Table, rows: list[dict[str, object]]) -> None:
+def upsert(connection: Connection, table: Table, rows: list[dict[str, Any]]) -> None:
     """Insert rows or overwrite those with the same primary key."""
     connection.execute(_upsert_into(table, connection.dialect.name), rows)
 

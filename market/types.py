@@ -3,6 +3,7 @@
 Money is an integer of pico units (10^-12 of the currency) everywhere inside the market.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -10,6 +11,7 @@ from enum import StrEnum
 import msgspec
 
 CURRENCY = "USD"
+TERM_MAX_S = 182 * 86_400
 
 
 class Mode(StrEnum):
@@ -152,7 +154,10 @@ class EngineChunk:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where requests for a model go, and what the ledger writes about the place."""
+    """A replica that serves a model, and what the ledger writes about the place.
+
+    Only keys of ``tenant_id`` may use it, if there is one: the holder of the lease.
+    """
 
     model: str
     lane: Lane
@@ -164,14 +169,25 @@ class Route:
     node_id: str
     gpu_type: str
     gpu_milli: int
+    tenant_id: str | None = None
+    lease_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NotReady:
+    """A deployment that cannot be asked right now, and why."""
+
+    model: str
+    tenant_id: str | None
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class RouteTable:
-    """Routes that can be used, and (model, reason) of deployments that cannot yet."""
+    """Routes that can be used, one per replica, and deployments without one."""
 
     ready: tuple[Route, ...]
-    starting: tuple[tuple[str, str], ...]
+    starting: tuple[NotReady, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +273,7 @@ class UsageRecord(msgspec.Struct, frozen=True, gc=False, array_like=True):
         queue_ms: int | None = None,
         ttft_ms: int | None = None,
         duration_ms: int | None = None,
+        lease_id: str | None = None,
         slice_id: str | None = None,
         attrs: tuple[tuple[str, str], ...] = (),
     ) -> "UsageRecord":
@@ -287,6 +304,7 @@ class UsageRecord(msgspec.Struct, frozen=True, gc=False, array_like=True):
             queue_ms=queue_ms,
             ttft_ms=ttft_ms,
             duration_ms=duration_ms,
+            lease_id=lease_id,
             slice_id=slice_id,
             attrs=attrs,
         )
@@ -294,16 +312,30 @@ class UsageRecord(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One physical GPU of a node."""
+    """One physical GPU of a node. GPUs of one ``domain`` are joined by NVLink."""
 
     index: int
     gpu_type: str
     memory_mib: int
+    domain: int = 0
+
+
+class OfferState(StrEnum):
+    """Whether an offer can be matched: only an open one."""
+
+    OPEN = "open"
+    DRAINING = "draining"
+    LOST = "lost"
+    LEFT = "left"
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A provider's node with its asking price in pico units per GPU-hour."""
+    """A provider's node with its asking price in pico units per GPU-hour.
+
+    ``logical`` GPUs were declared, not found by a driver: models run on the node's CPUs.
+    ``models_dir`` is a folder on the node. The price is in force since ``priced_at``.
+    """
 
     offer_id: str
     provider_id: str
@@ -314,11 +346,189 @@ class Offer:
     memory_mib: int
     ask_pico: int
     currency: str
+    priced_at: datetime
+    region: str = "local"
+    logical: bool = False
+    models_dir: str = ""
+    available_from: datetime | None = None
+    available_until: datetime | None = None
+    term_min_s: int = 0
+    term_max_s: int = TERM_MAX_S
+    state: OfferState = OfferState.OPEN
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where something runs: a share of GPUs of a node, or its CPUs (no indices, share 0)."""
+
+    offer_id: str
+    node_id: str
+    gpu_indices: tuple[int, ...] = ()
+    gpu_milli: int = 0
+
+
+class OrderState(StrEnum):
+    """A queued order waits until it is matched or cancelled; others are matched or refused."""
+
+    WAITING = "waiting"
+    MATCHED = "matched"
+    REFUSED = "refused"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """GPUs that a tenant wants for a model. ``order_id`` is the caller's: again is the same order.
+
+    ``gpu_count`` GPUs, ``gpu_milli`` thousandths of each (less than 1000 only for one GPU).
+    ``start`` None: now. ``max_price_pico`` is per GPU-hour.
+    """
+
+    order_id: str
+    tenant_id: str
+    api_key_id: str
+    model: str
+    engine: str
+    gpu_count: int
+    gpu_milli: int
+    start: datetime | None
+    term_s: int
+    created_at: datetime
+    gpu_type: str | None = None
+    gpu_memory_mib: int | None = None
+    max_price_pico: int | None = None
+    region: str | None = None
+    provider_id: str | None = None
+    resale: bool = False
+    state: OrderState = OrderState.WAITING
+    reason: str = ""
+    lease_id: str | None = None
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """What must be the same when an order id comes again."""
+        place = (self.gpu_count, self.gpu_milli, self.gpu_type, self.gpu_memory_mib, self.region)
+        terms = (self.start, self.term_s, self.max_price_pico, self.provider_id, self.resale)
+        return (self.tenant_id, self.model, self.engine, *place, *terms)
+
+
+class LeaseState(StrEnum):
+    """Life of a lease: booked; its replica has served; over."""
+
+    PENDING = "pending"
+    ACTIVE = "active"
+    CLOSED = "closed"
+
+
+class CloseReason(StrEnum):
+    """Why a lease is over."""
+
+    EXPIRED = "expired"
+    RELEASED = "released"
+    OUT_OF_FUNDS = "out_of_funds"
+    NODE_LOST = "node_lost"
+    NODE_LEFT = "node_left"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A contract for GPUs over ``[start, end)`` at a price frozen at the match.
+
+    A ``floating`` one is a booking of any one GPU of the node: ``gpu_indices`` come at its start.
+    Time before ``metered_until`` is decided: ``healthy_us`` of it was charged as ``gpu_us``,
+    ``credited_us`` was not. ``run_replica`` serves without a break since ``run_since``. Money is
+    held hour by hour: ``hold_index`` is the newest hold (-1: none yet), which pays for the time
+    from ``hold_from`` to ``covered_until``; ``ended_index`` is the newest that has ended.
+    """
+
+    lease_id: str
+    order_id: str
+    tenant_id: str
+    api_key_id: str
+    model: str
+    engine: str
+    offer_id: str
+    provider_id: str
+    node_id: str
+    gpu_type: str
+    gpu_indices: tuple[int, ...]
+    gpu_count: int
+    gpu_milli: int
+    price_id: str
+    gpu_hour_pico: int
+    currency: str
+    start: datetime
+    end: datetime
+    created_at: datetime
+    metered_until: datetime
+    hold_from: datetime
+    covered_until: datetime
+    floating: bool = False
+    resale: bool = False
+    state: LeaseState = LeaseState.PENDING
+    close_reason: CloseReason | None = None
+    reason: str = ""
+    activated_at: datetime | None = None
+    closed_at: datetime | None = None
+    noticed_at: datetime | None = None
+    run_replica: str | None = None
+    run_since: datetime | None = None
+    healthy_us: int = 0
+    credited_us: int = 0
+    gpu_us: int = 0
+    charged_pico: int = 0
+    hold_index: int = -1
+    ended_index: int = -1
+
+    @property
+    def total_milli(self) -> int:
+        """Thousandths of a GPU in all."""
+        return self.gpu_count * self.gpu_milli
+
+    @property
+    def place(self) -> Place:
+        """Where it runs."""
+        return Place(self.offer_id, self.node_id, self.gpu_indices, self.gpu_milli)
+
+    def hold_id(self, index: int) -> str:
+        """Id of its hold number ``index``."""
+        return f"{self.lease_id}-hold-{index}"
+
+
+class ReplicaState(StrEnum):
+    """Life of a replica. Its GPUs are taken until it is gone: freed means seen free."""
+
+    WAITING = "waiting"
+    STARTING = "starting"
+    READY = "ready"
+    FAILED = "failed"
+    STOPPING = "stopping"
+    FREEING = "freeing"
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One engine at one place: a Serve application of its own. ``reason`` explains the state."""
+
+    replica_id: str
+    deployment_id: str
+    place: Place
+    state: ReplicaState
+    reason: str
+    created_at: datetime
+
+    @property
+    def app_name(self) -> str:
+        """Name of the Ray Serve application that runs it."""
+        return f"model-{self.replica_id}"
 
 
 class DeploymentState(StrEnum):
-    """Life of a deployment: what should be, and what is."""
+    """What its replicas amount to."""
 
+    WAITING = "waiting"
     STARTING = "starting"
     READY = "ready"
     FAILED = "failed"
@@ -327,29 +537,34 @@ class DeploymentState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """A model made available. ``reason`` says why it is in its state."""
+    """A model made available: to everybody (``tokens``) or to the tenant of its lease."""
 
     deployment_id: str
     model: str
     mode: Mode
     engine: str
     replicas: int
-    offer_id: str
-    gpu_milli: int
-    state: DeploymentState
-    reason: str
     created_at: datetime
-
-    @property
-    def app_name(self) -> str:
-        """Name of the Ray Serve application that runs it."""
-        return f"model-{self.deployment_id}"
+    tenant_id: str | None = None
+    lease_id: str | None = None
+    stopping: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class AppStatus:
-    """What Serve says of an application: ``running`` if at least one replica serves."""
+    """What Serve says of an application.
 
-    running: bool
+    ``run`` identifies the process that serves; None if none does. Serve may replace it.
+    """
+
+    run: str | None
     failed: bool
     message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterView:
+    """What was seen of the cluster: nodes that live, and applications by name."""
+
+    nodes: frozenset[str]
+    apps: Mapping[str, AppStatus]

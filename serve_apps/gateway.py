@@ -1,8 +1,10 @@
 """The gateway as a Ray Serve deployment: wires the ports and serves HTTP."""
 
 import asyncio
+from functools import partial
 from typing import Any
 
+import ray
 from ray import serve
 
 from market import bootstrap
@@ -21,6 +23,12 @@ DRAIN_S = 60
 # The slot of this market's one gateway replica: whichever process serves next takes it over,
 # fences its predecessor and ends what that left open. (Serve's ranks move between replicas.)
 PRODUCER = "gw0"
+
+
+def ray_access(config: Config) -> tuple[str, str]:
+    """Address and token of this cluster: what a node needs to join, and all it gets."""
+    address = ray.get_runtime_context().gcs_address
+    return address, (config.state_dir / "ray.token").read_text().strip()
 
 
 @serve.ingress()
@@ -46,6 +54,7 @@ class Gateway:
             self._inference,
             Authenticator(ledger),
             metrics,
+            partial(ray_access, config),
         )
 
     def __serve_build_asgi_app__(self) -> Any:

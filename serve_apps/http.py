@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -31,9 +31,14 @@ BODY_MAX_BYTES = 8 * 1024 * 1024
 TOO_LARGE = f"the body is larger than {BODY_MAX_BYTES} bytes"
 
 
+def no_ray() -> tuple[str, str]:
+    """There is no cluster that a node could join."""
+    raise NotFound("this gateway runs without a Ray cluster; nodes cannot join")
+
+
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What the routers work with."""
+    """What the routers work with. ``ray_access`` is (address, token) for a node that joins."""
 
     config: Config
     clock: Clock
@@ -43,6 +48,7 @@ class Services:
     inference: Inference
     authenticator: Authenticator
     metrics: Metrics
+    ray_access: Callable[[], tuple[str, str]] = no_ray
 
 
 def services_of(request: Request) -> Services:
@@ -63,7 +69,7 @@ Caller = Annotated[Principal, Depends(principal_of)]
 
 def create_app(services: Services) -> FastAPI:
     """The whole HTTP surface over the given services."""
-    from serve_apps import ledger_api, market_api, openai_api
+    from serve_apps import fleet_api, ledger_api, market_api, openai_api
 
     app = FastAPI(
         title="Compute market",
@@ -80,6 +86,7 @@ def create_app(services: Services) -> FastAPI:
     app.add_middleware(BodyLimit)
     app.include_router(openai_api.router)
     app.include_router(market_api.router)
+    app.include_router(fleet_api.router)
     app.include_router(ledger_api.router)
 
     @app.get("/healthz")

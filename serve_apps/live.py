@@ -14,7 +14,16 @@ from market.cluster.models import fetch
 from market.config import Config
 from market.errors import EngineFailed, MarketError, NoCapacity, NotFound, Overloaded
 from market.ports import Engine
-from market.types import EngineChunk, EngineRequest, RateCard, Route, RouteTable
+from market.types import (
+    EngineChunk,
+    EngineRequest,
+    NotReady,
+    Principal,
+    RateCard,
+    Role,
+    Route,
+    RouteTable,
+)
 from serve_apps.tokenization import Prompter, load_prompter
 
 logger = logging.getLogger(__name__)
@@ -40,15 +49,17 @@ class Prices(Protocol):
 
 
 class ReplicaEngine:
-    """The Engine port over a Ray Serve handle."""
+    """The Engine port over a Ray Serve handle; ``streams`` are answers under way."""
 
     def __init__(self, handle: Any) -> None:
         self._generate = handle.options(method_name="generate", stream=True)
+        self.streams = 0
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
         """Stream from a replica; closing the iterator cancels the request there."""
         response = self._generate.remote(request)
         ended = False
+        self.streams += 1
         try:
             async for chunk in response:
                 yield chunk
@@ -62,6 +73,7 @@ class ReplicaEngine:
         except (RayError, RayServeException) as error:
             raise EngineFailed(f"the replica is gone: {type(error).__name__}") from error
         finally:
+            self.streams -= 1
             if not ended:
                 response.cancel()
 
@@ -104,7 +116,7 @@ class LiveRoutes:
         self._engines = engines
         self._table = RouteTable(
             ready=tuple(route for route in table.ready if route.app_name in engines),
-            starting=(*table.starting, *((route.model, "starting") for route in gone)),
+            starting=(*table.starting, *(NotReady(r.model, r.tenant_id, "starting") for r in gone)),
         )
 
     async def refresh_forever(self) -> None:
@@ -116,33 +128,46 @@ class LiveRoutes:
                 logger.warning("route table not refreshed: %s", error)
             await asyncio.sleep(REFRESH_S)
 
-    @property
-    def ready(self) -> tuple[Route, ...]:
-        """Routes of models that can be asked right now."""
-        return self._table.ready
+    def ready(self, principal: Principal) -> list[Route]:
+        """One route for each model that this key can ask right now."""
+        models = sorted({route.model for route in self._table.ready})
+        found = [self._find(model, principal) for model in models]
+        return [route for route in found if isinstance(route, Route)]
 
-    async def route(self, model: str) -> Route:
-        """Where requests for ``model`` go.
+    async def route(self, model: str, principal: Principal) -> Route:
+        """The replica that gets the next request for ``model`` by this key.
 
-        Raises NotFound if it is not deployed, NoCapacity while it starts.
+        A tenant's own lease comes before the pool, also while it cannot serve: what is paid for by
+        the hour must not be charged by the token. Raises NotFound if the model is not deployed for
+        this key, NoCapacity while it starts or drains.
         """
-        found = self._find(model)
-        if found is None:
+        found = self._find(model, principal)
+        if not isinstance(found, Route):
             await self.refresh()  # it may have been deployed a moment ago
-            found = self._find(model)
-        if found is not None:
+            found = self._find(model, principal)
+        if isinstance(found, Route):
             return found
-        for name, reason in self._table.starting:
-            if name == model:
-                raise NoCapacity(
-                    f"model {model} is not ready: {reason}", code="model_loading", retry_after_s=5
-                )
-        served = ", ".join(sorted(route.model for route in self._table.ready)) or "none"
+        if found is not None:
+            raise NoCapacity(
+                f"model {model} is not ready: {found.reason}",
+                code="model_loading",
+                retry_after_s=5,
+            )
+        served = ", ".join(route.model for route in self.ready(principal)) or "none"
         raise NotFound(
             f"model {model!r} is not served here; served: {served}",
             code="model_not_found",
             param="model",
         )
+
+    def another(self, route: Route) -> Route:
+        """Another replica of the same deployment for a second try; the same if there is none."""
+        same = [
+            other
+            for other in self._table.ready
+            if other.deployment_id == route.deployment_id and other.app_name != route.app_name
+        ]
+        return min(same, key=self._busy) if same else route
 
     async def rate_card(self, model: str) -> RateCard:
         """The price in force. Raises NotFound if there is none: nothing is served for free."""
@@ -179,8 +204,21 @@ class LiveRoutes:
         folder = fetch(find(route.model), self._config.models_dir, weights=False)
         return load_prompter(str(folder))
 
-    def _find(self, model: str) -> Route | None:
-        for route in self._table.ready:
-            if route.model == model:
-                return route
+    def _find(self, model: str, principal: Principal) -> Route | NotReady | None:
+        """The least busy replica that this key may use; why there is none; None if unknown."""
+        owner = principal.subject_id if principal.role is Role.TENANT else None
+        ready = [route for route in self._table.ready if route.model == model]
+        waiting = [entry for entry in self._table.starting if entry.model == model]
+        for tenant_id in dict.fromkeys((owner, None)):
+            own = [route for route in ready if route.tenant_id == tenant_id]
+            if own:
+                return min(own, key=self._busy)
+            for entry in waiting:
+                if entry.tenant_id == tenant_id:
+                    return entry
         return None
+
+    def _busy(self, route: Route) -> tuple[int, str]:
+        """Answers under way through this gateway."""
+        engine = self._engines.get(route.app_name)
+        return (engine.streams if engine is not None else 0, route.app_name)

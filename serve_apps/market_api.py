@@ -1,6 +1,5 @@
 """``/market/v1``: what the CLI calls. Operators see everything, tenants themselves."""
 
-from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -11,7 +10,8 @@ from market.accounts import Account, Transfer, TransferKind, tenant_account
 from market.errors import InvalidRequest
 from market.keys import hash_key, key_id, new_key
 from market.ledger.reports import parse_when
-from market.types import CURRENCY, Deployment, Offer, Principal, Role
+from market.scheduler.service import deployment_state
+from market.types import CURRENCY, Principal, Role
 from serve_apps.auth import require_operator, require_subject
 from serve_apps.http import Caller, With
 
@@ -61,35 +61,15 @@ class NewPrice(Strict):
     valid_from: str | None = None
 
 
-class NewDeployment(Strict):
-    """Body of ``POST /deployments``."""
-
-    model: str
-    mode: str = "tokens"
-    engine: str | None = None
-    replicas: int = 1
-    dry_run: bool = False
-
-
-@router.get("/status")
-async def status(services: With, caller: Caller) -> dict[str, Any]:
-    """Offers, deployments and the ledger in one answer."""
-    require_operator(caller)
-    ledger = await services.ledger.status()
-    return {
-        "offers": [_offer(offer) for offer in await services.scheduler.offers()],
-        "deployments": [_deployment(d) for d in await services.scheduler.deployments()],
-        "ledger": ledger,
-        "scheduler": await services.scheduler.status(),
-        "tenants": len(await services.ledger.tenants()),
-    }
-
-
 @router.get("/models")
 async def models(services: With, _caller: Caller) -> list[dict[str, Any]]:
     """The catalog with prices in force and whether a model is deployed."""
     cards = {card.model: card for card in await services.ledger.rate_cards()}
-    states = {d.model: str(d.state) for d in await services.scheduler.deployments()}
+    states = {
+        deployment.model: str(deployment_state(deployment, replicas)[0])
+        for deployment, replicas in await services.scheduler.deployments()
+        if deployment.tenant_id is None
+    }
     return [
         {
             "model": model.name,
@@ -114,12 +94,6 @@ async def prices(services: With, _caller: Caller) -> list[dict[str, Any]]:
         {"model": card.model, "price_id": card.price_id, **_prices(card)}
         for card in await services.ledger.rate_cards()
     ]
-
-
-@router.get("/offers")
-async def offers(services: With, _caller: Caller) -> list[dict[str, Any]]:
-    """What providers offer."""
-    return [_offer(offer) for offer in await services.scheduler.offers()]
 
 
 @router.get("/providers")
@@ -159,29 +133,6 @@ async def set_price(body: NewPrice, services: With, caller: Caller) -> dict[str,
         **_prices(card),
         "valid_from": card.valid_from.isoformat(),
     }
-
-
-@router.get("/deployments")
-async def deployments(services: With, _caller: Caller) -> list[dict[str, Any]]:
-    """What should run, and its state."""
-    return [_deployment(d) for d in await services.scheduler.deployments()]
-
-
-@router.post("/deployments")
-async def deploy(body: NewDeployment, services: With, caller: Caller) -> dict[str, Any]:
-    """Make a model available; returns at once, the state tells when it serves."""
-    require_operator(caller)
-    deployment = await services.scheduler.deploy(
-        body.model, body.mode, body.engine, body.replicas, body.dry_run
-    )
-    return _deployment(deployment)
-
-
-@router.delete("/deployments/{model}")
-async def undeploy(model: str, services: With, caller: Caller) -> dict[str, Any]:
-    """Drain and remove a model."""
-    require_operator(caller)
-    return _deployment(await services.scheduler.undeploy(model))
 
 
 @router.post("/tenants")
@@ -284,14 +235,3 @@ def _prices(card: Any) -> dict[str, str | None]:
         "cached_input_price": pricing.format_price(card.cached_input_pico),
         "output_price": pricing.format_price(card.output_pico),
     }
-
-
-def _offer(offer: Offer) -> dict[str, Any]:
-    values = asdict(offer)
-    values["ask"] = pricing.format_money(values.pop("ask_pico"))
-    return values
-
-
-def _deployment(deployment: Deployment) -> dict[str, Any]:
-    values = asdict(deployment)
-    return {**values, "created_at": deployment.created_at.isoformat()}

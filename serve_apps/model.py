@@ -1,19 +1,24 @@
 """A model replica: one engine inside one Ray Serve replica."""
 
 import asyncio
+import contextlib
+import fcntl
+import os
+import tempfile
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ray import serve
 
 from market.catalog import Model, find
+from market.cluster.agent import REPLICA_VARIABLE
 from market.cluster.models import fetch
-from market.cluster.node import NODE_LABEL
-from market.types import Deployment, EngineChunk, EngineRequest, Offer
+from market.cluster.node import NODE_LABEL, NODE_VARIABLE, slot_resource
+from market.types import Deployment, EngineChunk, EngineRequest, Offer, Place, Replica
 from serve_apps.engines.base import EngineSettings, start_engine
 from serve_apps.engines.coalesce import coalesce, pause
 
@@ -24,19 +29,43 @@ CONSTRUCTOR_TRIES = 3
 HEALTH_PERIOD_S = 2
 HEALTH_TIMEOUT_S = 30
 DRAIN_S = 60
+LEASE_DRAIN_S = 15
+# Of its share of a card an engine uses this much: contexts and fragments need the rest.
+GPU_MEMORY_USED = 0.95
 TELL_EVERY_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSettings:
+    """What a replica must know: the model's files on its node, its engine, its place."""
+
+    model: str
+    engine: str
+    models_dir: Path
+    place: Place
+    logical: bool
+
+    @property
+    def gpu_fraction(self) -> float:
+        """Share of each card's memory that the engine may use; 0 on CPUs."""
+        return 0.0 if self.logical else self.place.gpu_milli / 1000 * GPU_MEMORY_USED
 
 
 class ModelReplica:
     """Loads a model and streams answers; everything else happens in the gateway."""
 
-    async def __init__(  # type: ignore[misc]  # Serve awaits it: running means loaded
-        self, model: str, engine: str, gpu_milli: int, models_dir: Path
-    ) -> None:
-        entry = find(model)
-        folder = await asyncio.to_thread(fetch, entry, models_dir, weights=True)
-        settings = EngineSettings(folder, entry.served_context_tokens, gpu_milli / 1000)
-        self._engine = await start_engine(engine, settings)
+    async def __init__(self, settings: ReplicaSettings) -> None:  # type: ignore[misc]
+        # Serve awaits it: running means loaded.
+        entry = find(settings.model)
+        folder = await asyncio.to_thread(fetch, entry, settings.models_dir, weights=True)
+        engine = EngineSettings(
+            folder,
+            entry.served_context_tokens,
+            settings.gpu_fraction,
+            tensor_parallel=max(1, len(settings.place.gpu_indices)),
+        )
+        async with quiet_gpus(settings.place):
+            self._engine = await start_engine(settings.engine, engine)
         self._streams = 0
         self._served_tokens = 0
         self._said_s = float("-inf")
@@ -84,22 +113,64 @@ class ModelReplica:
 
 
 def build_app(
-    deployment: Deployment, model: Model, offer: Offer, models_dir: Path
+    replica: Replica, deployment: Deployment, model: Model, offer: Offer, models_dir: Path
 ) -> serve.Application:
-    """The Serve application of one deployment, on the node of its offer."""
-    replica = serve.deployment(
+    """The Serve application of one replica, on exactly its node and GPUs."""
+    place = replica.place
+    settings = ReplicaSettings(
+        model.name, deployment.engine, models_dir, place, offer.logical or not place.gpu_indices
+    )
+    slots = {slot_resource(place.node_id, i): place.gpu_milli / 1000 for i in place.gpu_indices}
+    served = serve.deployment(
         name="replica",
-        num_replicas=deployment.replicas,
+        num_replicas=1,
         max_ongoing_requests=ONGOING_MAX,
         max_queued_requests=QUEUED_MAX,
         max_constructor_retry_count=CONSTRUCTOR_TRIES,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
-        graceful_shutdown_timeout_s=DRAIN_S,
+        graceful_shutdown_timeout_s=DRAIN_S if deployment.lease_id is None else LEASE_DRAIN_S,
         ray_actor_options={
-            "num_cpus": 0 if deployment.gpu_milli else REPLICA_CPUS,
-            "num_gpus": deployment.gpu_milli / 1000,
-            "label_selector": {NODE_LABEL: offer.node_id},
+            "num_cpus": 0 if slots else REPLICA_CPUS,
+            "num_gpus": 0,
+            "resources": slots,
+            "label_selector": {NODE_LABEL: place.node_id},
+            "runtime_env": {"env_vars": replica_environment(replica, offer)},
         },
     )(ModelReplica)
-    return replica.bind(model.name, deployment.engine, deployment.gpu_milli, models_dir)
+    return served.bind(settings)
+
+
+def replica_environment(replica: Replica, offer: Offer) -> dict[str, str]:
+    """What marks a replica's process tree, and which GPUs it sees. Nothing secret."""
+    place = replica.place
+    variables = {REPLICA_VARIABLE: replica.replica_id, NODE_VARIABLE: place.node_id}
+    if place.gpu_indices and not offer.logical:
+        # The slot is the authority: Ray must not blank or change what we say here.
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, place.gpu_indices))
+        variables["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"
+    return variables
+
+
+@contextlib.asynccontextmanager
+async def quiet_gpus(place: Place) -> AsyncIterator[None]:
+    """Be the only engine that starts on these GPUs of the node.
+
+    Two that profile a card's memory at once misjudge it. The scheduler starts one at a time; Ray
+    Serve, which replaces dead replicas by itself, does not.
+    """
+    with contextlib.ExitStack() as locks:
+        for index in sorted(place.gpu_indices):
+            path = (
+                Path(tempfile.gettempdir()) / f"market-{os.getuid()}-{place.node_id}-{index}.lock"
+            )
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            locks.callback(_unlock, descriptor)
+            await asyncio.to_thread(fcntl.flock, descriptor, fcntl.LOCK_EX)
+        yield
+
+
+def _unlock(descriptor: int) -> None:
+    # Said aloud: a child of the engine may have inherited the descriptor, and with it the lock.
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)

@@ -34,23 +34,23 @@ DONE = b"data: [DONE]\n\n"
 
 
 @router.get("/models")
-async def list_models(services: With, _caller: Caller) -> dict[str, Any]:
+async def list_models(services: With, caller: Caller) -> dict[str, Any]:
     """Models that can be asked right now."""
-    models = [_model_object(route) for route in services.routes.ready]
+    models = [_model_object(route) for route in services.routes.ready(caller)]
     return {"object": "list", "data": models}
 
 
 @router.get("/models/{model}")
-async def get_model(model: str, services: With, _caller: Caller) -> dict[str, Any]:
+async def get_model(model: str, services: With, caller: Caller) -> dict[str, Any]:
     """One model."""
-    return _model_object(await services.routes.route(model))
+    return _model_object(await services.routes.route(model, caller))
 
 
 @router.post("/chat/completions")
 async def chat_completions(request: Request, services: With, caller: Caller) -> Response:
     """Answer a conversation."""
     body = parse(ChatBody, await request.body())
-    route = await services.routes.route(body.model)
+    route = await services.routes.route(body.model, caller)
     prompter = await services.routes.prompter(route)
     prompt = await prompter.chat(body)
     max_tokens = body.max_completion_tokens or body.max_tokens
@@ -62,7 +62,7 @@ async def chat_completions(request: Request, services: With, caller: Caller) -> 
 async def completions(request: Request, services: With, caller: Caller) -> Response:
     """Continue a text."""
     body = parse(CompletionBody, await request.body())
-    route = await services.routes.route(body.model)
+    route = await services.routes.route(body.model, caller)
     prompter = await services.routes.prompter(route)
     prompt = await prompter.completion(body)
     sampling = body.sampling(body.max_tokens or COMPLETION_MAX_TOKENS, prompter.vocabulary)
@@ -84,6 +84,8 @@ async def _answer(
         "x-market-provider": admission.route.provider_id,
         "x-market-price-id": admission.card.price_id,
     }
+    if admission.route.lease_id is not None:
+        headers["x-market-lease-id"] = admission.route.lease_id
     if not body.stream:
         text, record = await _collect(events)
         headers["x-market-cost"] = pricing.format_money(record.charge_pico)

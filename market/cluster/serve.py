@@ -1,27 +1,36 @@
-"""Ray Serve as the cluster on which deployments run."""
+"""Ray and Ray Serve as the cluster on which replicas run."""
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
+import ray
 from ray import serve
-from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ReplicaState
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ApplicationStatus
 
 from market.catalog import Model, find
+from market.cluster.agent import AgentClient, memory_is_free
 from market.cluster.models import model_path
+from market.cluster.node import NODE_LABEL
 from market.config import Config
 from market.errors import InvalidRequest
-from market.types import AppStatus, Deployment, Offer
+from market.types import AppStatus, ClusterView, Deployment, Offer, Replica
 
 MODEL_APP = "serve_apps.model:build_app"
 ENGINE_PACKAGES = {"transformers": "transformers", "vllm": "vllm"}
+END_PATIENCE_S = 10.0
+RUNNING = "RUNNING"
 
 
 class ServeCluster:
-    """One Serve application per deployment; calls return before applications are ready."""
+    """One Serve application per replica; calls return before applications are ready."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self._agents = AgentClient()
 
     def check(self, model: Model, engine: str) -> None:
         """Raises InvalidRequest or NotFound if the engine or the model's files are missing."""
@@ -36,27 +45,48 @@ class ServeCluster:
             )
         model_path(model, self._config.models_dir)
 
-    def observe(self) -> dict[str, AppStatus]:
-        """Applications by name."""
-        return {
-            name: AppStatus(
-                running=_has_replicas(app),
-                failed=app.status is ApplicationStatus.DEPLOY_FAILED,
-                message=_reason(app),
-            )
-            for name, app in serve.status().applications.items()
-        }
-
-    def start(self, deployment: Deployment, offer: Offer) -> None:
-        """Begin to run the deployment's application."""
-        app = import_builder(MODEL_APP)(
-            deployment, find(deployment.model), offer, self._config.models_dir
+    def look(self) -> ClusterView:
+        """Nodes that live, by our own names, and applications with the replica that serves."""
+        nodes = frozenset(
+            node["Labels"][NODE_LABEL]
+            for node in ray.nodes()
+            if node["Alive"] and NODE_LABEL in node.get("Labels", {})
         )
-        run_application(app, deployment.app_name, route_prefix=None)
+        details = _get_global_client().get_serve_details()
+        return ClusterView(
+            nodes, {name: _status(app) for name, app in details["applications"].items()}
+        )
+
+    def start(self, replica: Replica, deployment: Deployment, offer: Offer) -> None:
+        """Begin to run a replica's application."""
+        models_dir = Path(offer.models_dir) if offer.models_dir else self._config.models_dir
+        app = import_builder(MODEL_APP)(
+            replica, deployment, find(deployment.model), offer, models_dir
+        )
+        run_application(app, replica.app_name, route_prefix=None)
 
     def remove(self, app_name: str) -> None:
         """Begin to drain and remove an application."""
         serve.delete(app_name, _blocking=False)
+
+    def residents(self, node_id: str) -> frozenset[str]:
+        """Replicas with processes on a node. Raises Overloaded if it does not answer."""
+        return frozenset(self._agents.residents(node_id))
+
+    def memory_taken(self, node_id: str, others_milli: Mapping[int, int]) -> frozenset[int]:
+        """Which of these GPUs have more memory in use than the shares of others explain."""
+        if not others_milli:
+            return frozenset()
+        memory = self._agents.gpu_memory(node_id)
+        return frozenset(
+            index
+            for index, milli in others_milli.items()
+            if index in memory and not memory_is_free(*memory[index], milli)
+        )
+
+    def end(self, replica_id: str, node_id: str) -> None:
+        """End what a replica left running on a node."""
+        self._agents.end(node_id, replica_id, END_PATIENCE_S)
 
 
 def import_builder(path: str) -> Callable[..., serve.Application]:
@@ -72,14 +102,24 @@ def run_application(app: serve.Application, name: str, route_prefix: str | None)
     serve.run_many([target], wait_for_applications_running=False)
 
 
-def _has_replicas(app: ApplicationStatusOverview) -> bool:
-    """Whether requests can be served: one replica of several is enough."""
-    states = [deployment.replica_states for deployment in app.deployments.values()]
-    return bool(states) and all(state.get(ReplicaState.RUNNING, 0) > 0 for state in states)
+def _status(app: Mapping[str, Any]) -> AppStatus:
+    replicas = [
+        replica for deployment in app["deployments"].values() for replica in deployment["replicas"]
+    ]
+    runs = sorted(
+        f"{replica['replica_id']}:{replica['pid']}"
+        for replica in replicas
+        if replica["state"] == RUNNING
+    )
+    return AppStatus(
+        run=runs[0] if runs else None,
+        failed=app["status"] == ApplicationStatus.DEPLOY_FAILED,
+        message=_reason(app),
+    )
 
 
-def _reason(app: ApplicationStatusOverview) -> str:
+def _reason(app: Mapping[str, Any]) -> str:
     """The last line of what Serve says: of a failed start, the error itself."""
-    messages = [deployment.message for deployment in app.deployments.values()]
-    lines = "\n".join(filter(None, [app.message, *messages])).strip().splitlines()
+    messages = [deployment["message"] for deployment in app["deployments"].values()]
+    lines = "\n".join(filter(None, [app["message"], *messages])).strip().splitlines()
     return lines[-1].strip() if lines else ""

@@ -316,7 +316,7 @@ class LedgerStore:
                     f"known price, has {row['price_id']}"
                 )
             before = totals.get(key, self.state.leases.get(key, 0))
-            expected = pricing.gpu_charge(before, row["gpu_us"], card)
+            expected = pricing.gpu_charge(before, row["gpu_us"], card.gpu_hour_pico)
             if row["charge"] != pricing.to_decimal(expected):
                 raise InvalidRequest(
                     f"lease {key[0]}: charge {row['charge']} after {before} GPU-us does not "

@@ -348,7 +348,7 @@ def _other_row(picture: Picture, sums: Sums, where: str, row: dict[str, Any]) ->
         card = picture.cards.get(row["price_id"])
         if card is None:
             raise Wrong(where, row["lsn"], f"unknown price {row['price_id']}")
-        expected = pricing.gpu_charge(sums.leases[key], row["gpu_us"], card)
+        expected = pricing.gpu_charge(sums.leases[key], row["gpu_us"], card.gpu_hour_pico)
         if row["charge"] != pricing.to_decimal(expected):
             wanted = pricing.format_money(expected)
             reason = f"charge {row['charge']} of lease {key[0]} should be {wanted}"

@@ -1,78 +1,223 @@
-"""Desired deployments against observed Serve applications -> steps. Pure."""
+"""Wanted replicas against what is seen in the cluster -> steps. Pure.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+Each step may be done twice, and a crash between any two is cured by planning again.
+"""
 
-from market.types import AppStatus, Deployment, DeploymentState
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from market.types import AppStatus, Offer, OfferState, Place, Replica, ReplicaState
 
 APP_PREFIX = "model-"
+WHOLE_GPU = 1000
+# While one of these is on a GPU no other engine may start there: two that profile its memory at
+# once misjudge it.
+_BUSY = (ReplicaState.STARTING,)
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Make the application exist."""
+    """Make the replica's application exist."""
 
-    deployment: Deployment
+    replica: Replica
 
 
 @dataclass(frozen=True, slots=True)
 class Remove:
-    """Make the application not exist."""
+    """Make an application not exist."""
 
     app_name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """Remember a state and why."""
+    """Remember a replica's state and why."""
 
-    deployment_id: str
-    state: DeploymentState
+    replica_id: str
+    state: ReplicaState
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
+class End:
+    """End the processes that a replica left on its node."""
+
+    replica_id: str
+    node_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Forget:
-    """The deployment is gone from the cluster: drop it from the books of what should run."""
+    """The replica is gone and its GPU is seen free."""
 
-    deployment_id: str
-
-
-Step = Start | Remove | Mark | Forget
+    replica_id: str
 
 
-def plan(desired: Sequence[Deployment], observed: Mapping[str, AppStatus]) -> list[Step]:
-    """Steps that bring Serve closer to what is wanted; none if nothing differs."""
+Step = Start | Remove | Mark | End | Forget
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What was seen: applications by name; per node the replicas with processes there.
+
+    ``memory_taken`` are (node, GPU index) whose memory is still in use. A node is missing from
+    ``residents`` if it was not asked or did not answer.
+    """
+
+    apps: Mapping[str, AppStatus]
+    residents: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    memory_taken: frozenset[tuple[str, int]] = frozenset()
+
+
+def plan(
+    replicas: Iterable[Replica],
+    offers: Mapping[str, Offer],
+    starts: Mapping[str, datetime],
+    seen: Seen,
+    now: datetime,
+) -> list[Step]:
+    """Steps that bring the cluster closer to what is wanted; none if nothing differs.
+
+    ``starts`` says before which moment a replica must not run, by its id.
+    """
+    wanted = sorted(replicas, key=lambda r: (r.created_at, r.replica_id))
     steps: list[Step] = []
-    wanted = {deployment.app_name for deployment in desired}
-    for app_name in sorted(observed):
-        if app_name.startswith(APP_PREFIX) and app_name not in wanted:
+    names = {replica.app_name for replica in wanted}
+    for app_name in sorted(seen.apps):
+        if app_name.startswith(APP_PREFIX) and app_name not in names:
             steps.append(Remove(app_name))
-    for deployment in desired:
-        steps.extend(_steps(deployment, observed.get(deployment.app_name)))
+    steps.extend(_strangers(wanted, seen))
+    used: Counter[tuple[str, int]] = Counter()
+    for replica in wanted:
+        if replica.state is not ReplicaState.WAITING:
+            used.update(dict.fromkeys(_gpus(replica.place), replica.place.gpu_milli))
+    busy = {
+        gpu
+        for replica in wanted
+        if replica.state in _BUSY and _lives(offers, replica.place)
+        for gpu in _gpus(replica.place)
+    }
+    for replica in wanted:
+        if replica.state is not ReplicaState.WAITING:
+            steps.extend(_steps(replica, offers, seen, busy))
+    for replica in wanted:
+        if replica.state is ReplicaState.WAITING:
+            steps.extend(_start(replica, offers, starts, used, busy, now))
     return steps
 
 
-def _steps(deployment: Deployment, seen: AppStatus | None) -> list[Step]:
-    if deployment.state is DeploymentState.STOPPING:
-        gone = seen is None
-        return [Forget(deployment.deployment_id) if gone else Remove(deployment.app_name)]
-    if seen is None:
-        failed = deployment.state is DeploymentState.FAILED
-        if failed:
-            return []
-        starting = _mark(deployment, DeploymentState.STARTING, "replica starting")
-        return [*starting, Start(deployment)]
-    if seen.failed:
-        return _mark(
-            deployment, DeploymentState.FAILED, seen.message or "the replica did not start"
-        )
-    if seen.running:
-        return _mark(deployment, DeploymentState.READY, "serving")
-    return _mark(deployment, DeploymentState.STARTING, seen.message or "replica starting")
+def _start(
+    replica: Replica,
+    offers: Mapping[str, Offer],
+    starts: Mapping[str, datetime],
+    used: Counter[tuple[str, int]],
+    busy: set[tuple[str, int]],
+    now: datetime,
+) -> list[Step]:
+    """Start what waits, if its moment has come and its GPUs are free and quiet."""
+    place, gpus = replica.place, _gpus(replica.place)
+    start = starts.get(replica.replica_id)
+    reason = ""
+    if start is not None and now < start:
+        reason = f"booked from {start:%Y-%m-%d %H:%M:%S} UTC on"
+    elif not _lives(offers, place):
+        reason = f"node {place.node_id} is {_state(offers, place)}"
+    elif any(used[gpu] + place.gpu_milli > WHOLE_GPU for gpu in gpus):
+        reason = "its GPU is being freed"
+    elif busy.intersection(gpus):
+        reason = "another engine is starting on its GPU"
+    if reason:
+        return _mark(replica, ReplicaState.WAITING, reason)
+    busy.update(gpus)
+    for gpu in gpus:
+        used[gpu] += place.gpu_milli
+    return [*_mark(replica, ReplicaState.STARTING, "replica starting"), Start(replica)]
 
 
-def _mark(deployment: Deployment, state: DeploymentState, reason: str) -> list[Step]:
-    if (deployment.state, deployment.reason) == (state, reason):
+def _steps(
+    replica: Replica,
+    offers: Mapping[str, Offer],
+    seen: Seen,
+    busy: set[tuple[str, int]],
+) -> list[Step]:
+    app = seen.apps.get(replica.app_name)
+    if replica.state is ReplicaState.STOPPING:
+        if app is not None:
+            return [Remove(replica.app_name)]
+        return _mark(replica, ReplicaState.FREEING, "its processes are ending")
+    if replica.state is ReplicaState.FREEING:
+        return _free(replica, offers, seen)
+    if app is None:
+        return _again(replica, offers, busy)
+    if app.failed:
+        reason = app.message or "the replica did not start"
+        return _mark(replica, ReplicaState.FAILED, reason)
+    if not _lives(offers, replica.place):
+        reason = f"node {replica.place.node_id} is {_state(offers, replica.place)}"
+        return _mark(replica, ReplicaState.STARTING, reason)
+    if app.run is not None:
+        return _mark(replica, ReplicaState.READY, "serving")
+    return _mark(replica, ReplicaState.STARTING, app.message or "replica starting")
+
+
+def _again(replica: Replica, offers: Mapping[str, Offer], busy: set[tuple[str, int]]) -> list[Step]:
+    """The application is gone though it is wanted: the cluster was restarted."""
+    if replica.state is ReplicaState.FAILED:
         return []
-    return [Mark(deployment.deployment_id, state, reason)]
+    others = busy.difference(_gpus(replica.place)) if replica.state in _BUSY else busy
+    if not _lives(offers, replica.place):
+        reason = f"node {replica.place.node_id} is {_state(offers, replica.place)}"
+        return _mark(replica, ReplicaState.STARTING, reason)
+    if others.intersection(_gpus(replica.place)):
+        return _mark(replica, ReplicaState.WAITING, "another engine is starting on its GPU")
+    busy.update(_gpus(replica.place))
+    return [*_mark(replica, ReplicaState.STARTING, "replica starting"), Start(replica)]
+
+
+def _free(replica: Replica, offers: Mapping[str, Offer], seen: Seen) -> list[Step]:
+    """A GPU is free again only when no process of the replica is left and its memory is free."""
+    place = replica.place
+    if replica.app_name in seen.apps:
+        return [Remove(replica.app_name)]
+    if not _lives(offers, place):
+        return [Forget(replica.replica_id)]
+    residents = seen.residents.get(place.node_id)
+    if residents is None:
+        return []
+    if replica.replica_id in residents:
+        return [End(replica.replica_id, place.node_id)]
+    if seen.memory_taken.intersection(_gpus(place)):
+        return _mark(replica, ReplicaState.FREEING, "its GPU's memory is not free yet")
+    return [Forget(replica.replica_id)]
+
+
+def _strangers(wanted: Iterable[Replica], seen: Seen) -> list[Step]:
+    """Processes of replicas that nobody wants, or not on that node: a node came back with them."""
+    homes = {replica.replica_id: replica.place.node_id for replica in wanted}
+    return [
+        End(replica_id, node_id)
+        for node_id, residents in sorted(seen.residents.items())
+        for replica_id in sorted(residents)
+        if homes.get(replica_id) != node_id
+    ]
+
+
+def _gpus(place: Place) -> list[tuple[str, int]]:
+    return [(place.node_id, index) for index in place.gpu_indices]
+
+
+def _lives(offers: Mapping[str, Offer], place: Place) -> bool:
+    return _state(offers, place) in (OfferState.OPEN, OfferState.DRAINING)
+
+
+def _state(offers: Mapping[str, Offer], place: Place) -> OfferState:
+    offer = offers.get(place.offer_id)
+    return OfferState.LEFT if offer is None else offer.state
+
+
+def _mark(replica: Replica, state: ReplicaState, reason: str) -> list[Step]:
+    if (replica.state, replica.reason) == (state, reason):
+        return []
+    return [Mark(replica.replica_id, state, reason)]

@@ -1,260 +1,303 @@
-"""The scheduler service: takes orders for deployments and reconciles the cluster with them."""
+"""The scheduler service: every public coroutine is one command. It knows nothing of Ray.
+
+Thin: ``orders`` and ``pools`` grant GPUs, ``nodes`` knows who offers them, ``keeper`` is the loop.
+"""
 
 import asyncio
 import logging
 import os
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from functools import partial
-from typing import Any, Protocol
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 
-from market import catalog, placement, storage
+from market import catalog, leases
 from market.config import Config
-from market.errors import Conflict, InvalidRequest, NoCapacity, NotFound
+from market.errors import Conflict, NotFound, PermissionDenied
+from market.leases import Event
 from market.ports import Clock
-from market.scheduler import reconcile, store
+from market.scheduler.core import Cluster, Core, LedgerPort, SendUsage
+from market.scheduler.keeper import Keeper
+from market.scheduler.nodes import Nodes, Proof
+from market.scheduler.orders import Orders, Quote
+from market.scheduler.pools import Pools
+from market.scheduler.store import Store
 from market.types import (
-    AppStatus,
     Deployment,
     DeploymentState,
     Lane,
+    Lease,
+    LeaseState,
     Mode,
+    NotReady,
     Offer,
-    RateCard,
+    OfferState,
+    Order,
+    OrderState,
+    Replica,
+    ReplicaState,
     Route,
     RouteTable,
 )
 
 logger = logging.getLogger(__name__)
 
-RECONCILE_S = 0.5
-REPLICAS_MAX = 64
+CLOSED_SHOWN = 50
 
 
-class Cluster(Protocol):
-    """Where applications run: Ray Serve, or a fake."""
-
-    def check(self, model: catalog.Model, engine: str) -> None:
-        """Raises InvalidRequest or NotFound if the engine or the model's files are missing."""
-        ...
-
-    def observe(self) -> dict[str, AppStatus]:
-        """Applications by name."""
-        ...
-
-    def start(self, deployment: Deployment, offer: Offer) -> None:
-        """Begin to run an application; returns before it is ready."""
-        ...
-
-    def remove(self, app_name: str) -> None:
-        """Begin to drain and remove an application."""
-        ...
-
-
-class Prices(Protocol):
-    """The part of the ledger that says what a model costs."""
-
-    async def rate_card(self, model: str) -> RateCard | None:
-        """The price in force, None if there is none."""
-        ...
+def exit_process() -> None:
+    """End this process at once; Ray starts a new one, which recovers from SQL."""
+    os._exit(70)
 
 
 class Scheduler:
     """Start it with ``open``; every other public coroutine is one command."""
 
-    def __init__(self, config: Config, clock: Clock, prices: Prices, cluster: Cluster) -> None:
+    def __init__(
+        self,
+        config: Config,
+        clock: Clock,
+        ledger: LedgerPort,
+        cluster: Cluster,
+        send: SendUsage,
+        on_fatal: Callable[[], None] = exit_process,
+    ) -> None:
         self._config = config
         self._clock = clock
-        self._prices = prices
-        self._cluster = cluster
-        self._thread = ThreadPoolExecutor(1, "scheduler")
+        lock_file = config.state_dir / "scheduler.lock"
+        self._store = Store(config.scheduler_url, lock_file, on_fatal)
+        self._core = Core(config, clock, ledger, cluster, self._store)
+        self._nodes = Nodes(self._core)
+        self._orders = Orders(self._core)
+        self._pools = Pools(self._core)
+        self._keeper = Keeper(self._core, self._nodes, self._orders, self._pools, send)
         self._task: asyncio.Task[None] | None = None
-        self._ordering = asyncio.Lock()
+        self._closed = False
 
     async def open(self) -> None:
-        """Connect and start the loop."""
-        self._engine = await self._in_thread(
-            storage.connect, self._config.scheduler_url, "scheduler"
-        )
-        self._task = asyncio.create_task(self._reconcile_forever())
+        """Lock, connect, load, and start the loop. Raises MarketFault; may be tried again."""
+        await self._store.open()
+        self._core.rebuild_calendar()
+        self._task = asyncio.create_task(self._keeper.run_forever())
 
     async def close(self) -> None:
-        """Stop the loop and let go of the database."""
+        """Stop the loop, meter and send what there is, let go of the database."""
+        if self._closed:
+            return
+        self._closed = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        await self._in_thread(self._engine.dispose)
-        self._thread.shutdown()
+        await self._keeper.stop()
+        await self._keeper.flush()
+        await self._store.close()
+
+    # -- supply ----------------------------------------------------------------------------
 
     async def offer(self, offer: Offer) -> None:
-        """Take an offer, or replace the one with the same id."""
-        await self._command(lambda c: store.save_offer(c, offer))
+        """Take an offer of the operator's own, or change it."""
+        await self._nodes.offer(offer)
 
     async def offers(self) -> list[Offer]:
-        """All offers."""
-        return list(await self._command(store.offers))
+        """All offers, by id."""
+        return self._core.offers
 
-    async def deployments(self) -> list[Deployment]:
-        """All deployments, oldest first."""
-        return list(await self._command(store.deployments))
+    async def make_join_token(self, provider_id: str) -> str:
+        """A token with which one node of the provider can join within the hour."""
+        return await self._nodes.make_token(provider_id)
 
-    async def deploy(
-        self, model_name: str, mode: str, engine: str | None, replicas: int, dry_run: bool
-    ) -> Deployment:
-        """Make a model available; asking again for the same returns what is there.
+    async def join(self, offer: Offer, proof: Proof) -> str:
+        """Take a node's offer; returns the node's key. Raises InvalidKey, Conflict."""
+        return await self._nodes.join(offer, proof)
 
-        Raises InvalidRequest, NotFound, Conflict, or NoCapacity that says what is missing.
+    async def drain(self, node_id: str, back: bool = False) -> Offer:
+        """Match nothing more with a node, or again. Raises NotFound."""
+        return await (self._nodes.undrain(node_id) if back else self._nodes.drain(node_id))
+
+    async def require_node_key(self, node_id: str, node_key: str) -> Offer:
+        """The offer of the node that has this key. Raises InvalidKey, NotFound."""
+        return await self._nodes.require_key(node_id, node_key)
+
+    async def leave(self, node_id: str, force: bool = False) -> Offer:
+        """Take a node out for good.
+
+        Raises Conflict while leases are on it; with ``force`` they are closed and the rest of
+        their time is not charged. Pools' replicas go elsewhere if there is room.
         """
-        if mode != Mode.TOKENS:
-            known = mode in set(Mode)
-            raise InvalidRequest(
-                f"mode {mode!r} is not available in this version yet; use --mode tokens"
-                if known
-                else f"mode {mode!r} is unknown; use --mode tokens",
-                param="mode",
+        offer = await self._nodes.drain(node_id)
+        own = [v for v in self._core.open_leases() if v.offer_id == offer.offer_id]
+        if own and not force:
+            last = max(lease.end for lease in own)
+            raise Conflict(
+                f"{len(own)} lease(s) are on node {node_id}, the last until "
+                f"{last:%Y-%m-%d %H:%M:%S} UTC; drain it and wait, or use --force, which ends "
+                "them unpaid from now on"
             )
-        if not 1 <= replicas <= REPLICAS_MAX:
-            raise InvalidRequest(f"replicas must be 1 to {REPLICAS_MAX}, got {replicas}")
-        model = catalog.find(model_name)
-        if await self._prices.rate_card(model.name) is None:
-            raise InvalidRequest(f"model {model.name} has no price, so it cannot be served")
-        async with self._ordering:
-            return await self._order(model, engine, replicas, dry_run)
+        for lease in own:
+            sight = self._keeper.sight(lease)
+            reason = f"node {node_id} left"
+            await self._orders.close(lease.lease_id, Event.LEAVE, sight, reason)
+        await self._pools.leave(offer)
+        return await self._nodes.leave(node_id)
 
-    async def _order(
-        self, model: catalog.Model, engine: str | None, replicas: int, dry_run: bool
-    ) -> Deployment:
-        """One order at a time: two must not be given the same place."""
-        current, offers = await self.deployments(), await self.offers()
-        existing = [d for d in current if d.model == model.name]
-        if existing:
-            return _same_or_conflict(existing[0], engine, replicas)
-        chosen = _place(model, replicas, offers, current)
-        engine = engine or ("vllm" if chosen.gpu_milli else "transformers")
-        await asyncio.to_thread(self._cluster.check, model, engine)
-        deployment = Deployment(
-            deployment_id=f"{model.name.replace('.', '-')}-{self._clock.now():%Y%m%d%H%M%S%f}",
-            model=model.name,
-            mode=Mode.TOKENS,
-            engine=engine,
-            replicas=replicas,
-            offer_id=chosen.offer.offer_id,
-            gpu_milli=chosen.gpu_milli,
-            state=DeploymentState.STARTING,
-            reason="replica starting",
-            created_at=self._clock.now(),
-        )
-        if not dry_run:
-            await self._command(lambda c: store.save_deployment(c, deployment))
-        return deployment
+    # -- demand ----------------------------------------------------------------------------
 
-    async def undeploy(self, model_name: str) -> Deployment:
-        """Stop serving a model. Raises NotFound if it is not deployed."""
-        for deployment in await self.deployments():
-            if deployment.model == model_name:
-                stopping = replace(deployment, state=DeploymentState.STOPPING, reason="draining")
-                await self._command(partial(store.save_deployment, deployment=stopping))
-                return stopping
-        raise NotFound(
-            f"model {model_name!r} is not deployed (market deployments)", code="model_not_found"
+    async def order(self, order: Order, queue: bool = False) -> Order:
+        """Match an order for a lease. See Orders.place."""
+        return await self._orders.place(order, queue)
+
+    async def quote(self, order: Order) -> Quote:
+        """What an order would get right now; changes nothing."""
+        return await self._orders.quote(order)
+
+    async def orders(self, tenant_id: str | None = None) -> list[Order]:
+        """Orders that wait, and what was refused lately; of one tenant or all, newest first."""
+        shown = (OrderState.WAITING, OrderState.REFUSED)
+        found = [
+            order
+            for order in self._core.state.orders.values()
+            if order.state in shown and tenant_id in (None, order.tenant_id)
+        ]
+        return sorted(found, key=lambda o: (o.created_at, o.order_id), reverse=True)[:CLOSED_SHOWN]
+
+    async def cancel_order(self, order_id: str, tenant_id: str | None) -> Order:
+        """Take a waiting order back. Raises NotFound, Conflict."""
+        return await self._orders.cancel(order_id, tenant_id)
+
+    async def leases(self, tenant_id: str | None = None, closed: bool = False) -> list[Lease]:
+        """Leases of one tenant or all, oldest first; the newest 50 closed ones if wanted."""
+        own = [
+            lease
+            for lease in self._core.state.leases.values()
+            if tenant_id in (None, lease.tenant_id)
+        ]
+        own.sort(key=lambda lease: (lease.created_at, lease.lease_id))
+        over = [v for v in own if v.state is LeaseState.CLOSED][-CLOSED_SHOWN:] if closed else []
+        return [*over, *(v for v in own if v.state is not LeaseState.CLOSED)]
+
+    async def lease(self, lease_id: str, tenant_id: str | None = None) -> Lease:
+        """One lease. Raises NotFound, also if it is another tenant's."""
+        lease = self._core.state.leases.get(lease_id)
+        if lease is None or tenant_id not in (None, lease.tenant_id):
+            raise NotFound(f"no lease {lease_id!r} (market leases ls)", code="lease_not_found")
+        return lease
+
+    async def renew(self, lease_id: str, term_s: int, tenant_id: str | None = None) -> Lease:
+        """Let a lease last longer at its price. Raises NotFound, Conflict."""
+        await self.lease(lease_id, tenant_id)
+        return await self._orders.renew(lease_id, timedelta(seconds=term_s))
+
+    async def release(self, lease_id: str, tenant_id: str | None = None) -> Lease:
+        """End a lease now: nothing more is charged. Raises NotFound."""
+        lease = await self.lease(lease_id, tenant_id)
+        sight = self._keeper.sight(lease)
+        reason = "released by its holder"
+        return await self._orders.close(lease_id, Event.RELEASE, sight, reason)
+
+    # -- what runs -------------------------------------------------------------------------
+
+    async def open_pool(
+        self, model: str, engine: str | None, replicas: int, dry_run: bool
+    ) -> tuple[Deployment, tuple[Replica, ...]]:
+        """Sell a model's tokens to everybody. See Pools.open."""
+        return await self._pools.open(model, engine, replicas, dry_run)
+
+    async def deployments(self) -> list[tuple[Deployment, tuple[Replica, ...]]]:
+        """What should run with its replicas, oldest first."""
+        known = sorted(
+            self._core.state.deployments.values(), key=lambda d: (d.created_at, d.deployment_id)
         )
+        return [(d, tuple(self._core.replicas_of(d.deployment_id))) for d in known]
+
+    async def undeploy(self, name: str, tenant_id: str | None = None) -> Deployment:
+        """Stop a deployment, named by id or model; a lease's is released.
+
+        Raises NotFound; PermissionDenied if only the operator may; Conflict for an ambiguous name.
+        """
+        found = [
+            d
+            for d in self._core.state.deployments.values()
+            if name in (d.deployment_id, d.model) and tenant_id in (None, d.tenant_id)
+        ]
+        pools = [d for d in found if d.lease_id is None]
+        if tenant_id is None and pools and name != pools[0].deployment_id:
+            found = pools
+        if not found:
+            others = any(d.model == name for d in self._core.state.deployments.values())
+            if others and tenant_id is not None:
+                raise PermissionDenied(f"model {name!r} is not deployed by you")
+            raise NotFound(
+                f"model {name!r} is not deployed (market deployments)", code="model_not_found"
+            )
+        if len(found) > 1:
+            names = ", ".join(d.deployment_id for d in found)
+            raise Conflict(f"{name} is deployed several times; say which: {names}")
+        if found[0].lease_id is not None:
+            await self.release(found[0].lease_id)
+            return found[0]
+        return await self._pools.close(found[0])
 
     async def routes(self) -> RouteTable:
         """Where requests may go right now, and why some cannot."""
-        offers = {offer.offer_id: offer for offer in await self.offers()}
-        current = await self.deployments()
         known = {model.name for model in catalog.models()}
-        ready = [d for d in current if d.state is DeploymentState.READY]
-        others = [d for d in current if d.state is not DeploymentState.READY]
-        return RouteTable(
-            ready=tuple(self._route(d, offers[d.offer_id]) for d in ready if d.model in known),
-            starting=tuple((d.model, f"{d.state}, {d.reason}") for d in others),
-        )
+        ready: list[Route] = []
+        starting: list[NotReady] = []
+        for deployment, replicas in await self.deployments():
+            lease = self._core.state.leases.get(deployment.lease_id or "")
+            serving = [r for r in replicas if r.state is ReplicaState.READY]
+            if lease is not None and self._clock.now() >= leases.drains_from(lease):
+                reason = f"lease {lease.lease_id} ends at {lease.end:%H:%M:%S} UTC and drains"
+                starting.append(NotReady(deployment.model, deployment.tenant_id, reason))
+            elif serving and deployment.model in known:
+                ready.extend(self._route(deployment, replica) for replica in serving)
+            else:
+                state, why = deployment_state(deployment, replicas)
+                reason = f"{state}, {why}"
+                starting.append(NotReady(deployment.model, deployment.tenant_id, reason))
+        return RouteTable(tuple(ready), tuple(starting))
 
-    async def status(self) -> dict[str, Any]:
+    async def status(self) -> dict[str, int]:
         """For people and tests."""
-        return {"pid": os.getpid()}
+        state = self._core.state
+        return {
+            "pid": os.getpid(),
+            "unsent_segments": len(state.outbox),
+            "lost_nodes": sum(o.state is OfferState.LOST for o in state.offers.values()),
+        }
 
-    def _route(self, deployment: Deployment, offer: Offer) -> Route:
+    def _route(self, deployment: Deployment, replica: Replica) -> Route:
         model = catalog.find(deployment.model)
+        offer = self._core.state.offers[replica.place.offer_id]
         return Route(
             model=model.name,
-            lane=Lane.TOKENS,
+            lane=Lane.TOKENS if deployment.lease_id is None else Lane.LEASE,
             deployment_id=deployment.deployment_id,
-            app_name=deployment.app_name,
-            model_path=str(self._config.models_dir / model.name),
+            app_name=replica.app_name,
+            model_path=str(Path(self._config.models_dir) / model.name),
             max_context_tokens=model.served_context_tokens,
             provider_id=offer.provider_id,
             node_id=offer.node_id,
             gpu_type=offer.gpu_type,
-            gpu_milli=deployment.gpu_milli,
+            gpu_milli=replica.place.gpu_milli * len(replica.place.gpu_indices),
+            tenant_id=deployment.tenant_id,
+            lease_id=deployment.lease_id,
         )
 
-    async def _reconcile_forever(self) -> None:
-        while True:
-            try:
-                await self._reconcile()
-            except Exception:
-                # The ledger's or Serve's controller may be away for a while.
-                logger.exception("reconciling failed; the next round tries again")
-            await asyncio.sleep(RECONCILE_S)
 
-    async def _reconcile(self) -> None:
-        desired = await self.deployments()
-        offers = {offer.offer_id: offer for offer in await self.offers()}
-        observed = await asyncio.to_thread(self._cluster.observe)
-        for step in reconcile.plan(desired, observed):
-            try:
-                await self._perform(step, offers)
-            except Exception:
-                # One deployment that cannot be acted on must not starve the others.
-                logger.exception("step failed, tried again next round: %s", step)
-
-    async def _perform(self, step: reconcile.Step, offers: dict[str, Offer]) -> None:
-        match step:
-            case reconcile.Start(deployment):
-                offer = offers[deployment.offer_id]
-                await asyncio.to_thread(self._cluster.start, deployment, offer)
-            case reconcile.Remove(app_name):
-                await asyncio.to_thread(self._cluster.remove, app_name)
-            case reconcile.Mark(deployment_id, state, reason):
-                await self._command(
-                    partial(store.mark, deployment_id=deployment_id, state=state, reason=reason)
-                )
-            case reconcile.Forget(deployment_id):
-                await self._command(partial(store.forget, deployment_id=deployment_id))
-
-    async def _command(self, command: storage.Command) -> Any:
-        results = await self._in_thread(
-            storage.run_group, self._engine, storage.Stateless(), [command]
-        )
-        if isinstance(results[0], Exception):
-            raise results[0]
-        return results[0]
-
-    async def _in_thread(self, function: Any, *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
-
-
-def _place(
-    model: catalog.Model, replicas: int, offers: list[Offer], current: list[Deployment]
-) -> placement.Placement:
-    fitting = placement.that_fit(catalog.models(), offers, current)
-    chosen = placement.place(model, offers, current, fitting, replicas)
-    if isinstance(chosen, placement.Misfit):
-        raise NoCapacity(chosen.reason)
-    return chosen
-
-
-def _same_or_conflict(existing: Deployment, engine: str | None, replicas: int) -> Deployment:
-    if existing.state in (DeploymentState.STOPPING, DeploymentState.FAILED):
-        raise Conflict(
-            f"{existing.model} is {existing.state} ({existing.reason}); "
-            f"run market undeploy {existing.model}, then deploy again"
-        )
-    if replicas != existing.replicas or engine not in (None, existing.engine):
-        raise Conflict(
-            f"{existing.model} is deployed with {existing.replicas} replica(s) of "
-            f"{existing.engine}; run market undeploy {existing.model} first"
-        )
-    return existing
+def deployment_state(
+    deployment: Deployment, replicas: tuple[Replica, ...]
+) -> tuple[DeploymentState, str]:
+    """What a deployment's replicas amount to, and why: the best of them speaks for it."""
+    if deployment.stopping:
+        return DeploymentState.STOPPING, "draining"
+    order = (
+        (ReplicaState.READY, DeploymentState.READY),
+        (ReplicaState.STARTING, DeploymentState.STARTING),
+        (ReplicaState.WAITING, DeploymentState.WAITING),
+        (ReplicaState.FAILED, DeploymentState.FAILED),
+    )
+    for seen, state in order:
+        found = [replica for replica in replicas if replica.state is seen]
+        if found:
+            return state, found[0].reason
+    waits = deployment.mode is Mode.LEASE
+    return DeploymentState.WAITING, "booked for later" if waits else "replica on its way out"

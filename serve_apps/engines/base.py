@@ -11,13 +11,14 @@ from market.types import EngineChunk, EngineRequest, FinishReason, TokenCounts
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """How to load a model. ``gpu_fraction`` is the share of one card's memory, 0 without a GPU."""
+    """How to load a model. ``gpu_fraction`` is the share of each card's memory, 0 without a GPU."""
 
     folder: Path
     max_context_tokens: int
     gpu_fraction: float
     kv_cache_mib: int = 1024
     sequences_max: int = 64
+    tensor_parallel: int = 1
 
 
 class LoadedEngine(Protocol):

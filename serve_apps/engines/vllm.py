@@ -27,6 +27,7 @@ async def start(settings: EngineSettings) -> "VllmEngine":
         model=str(settings.folder),
         max_model_len=settings.max_context_tokens,
         max_num_seqs=settings.sequences_max,
+        tensor_parallel_size=settings.tensor_parallel,
         enforce_eager=not on_gpu,
         enable_prefix_caching=True,
         trust_remote_code=False,

@@ -187,7 +187,7 @@ class TestGpuCharge:
         card = pricing.make_rate_card("offer", (0, 0, 0), JANUARY, "USD", price)
         charges, elapsed = [], before
         for segment in cuts:
-            charges.append(pricing.gpu_charge(elapsed, segment, card))
+            charges.append(pricing.gpu_charge(elapsed, segment, card.gpu_hour_pico))
             elapsed += segment
         hour = pricing.GPU_US_PER_HOUR
         assert sum(charges) == elapsed * price // hour - before * price // hour
@@ -199,10 +199,10 @@ class TestGpuCharge:
     def test_each_segment_is_within_a_pico_unit_of_its_exact_price(self, price, segment, before):
         card = pricing.make_rate_card("offer", (0, 0, 0), JANUARY, "USD", price)
         exact = Fraction(segment * price, pricing.GPU_US_PER_HOUR)
-        assert abs(pricing.gpu_charge(before, segment, card) - exact) < 1
+        assert abs(pricing.gpu_charge(before, segment, card.gpu_hour_pico) - exact) < 1
 
     @pytest.mark.parametrize(("before", "segment"), [(-1, 1), (1, -1)])
     def test_negative_times_are_refused(self, before, segment):
         card = pricing.make_rate_card("offer", (0, 0, 0), JANUARY, "USD", 1)
         with pytest.raises(ValueError, match="impossible"):
-            pricing.gpu_charge(before, segment, card)
+            pricing.gpu_charge(before, segment, card.gpu_hour_pico)

@@ -105,7 +105,7 @@ class Books(Box):
         free = msgspec.structs.replace(record(shared), request_id="leased-1", slice_id="hour-1")
         rows, elapsed = [free], 0
         for gpu_us in segments:
-            charge = pricing.gpu_charge(elapsed, gpu_us, GPU_CARD)
+            charge = pricing.gpu_charge(elapsed, gpu_us, GPU_CARD.gpu_hour_pico)
             rows.append(gpu_row(shared, gpu_us, charge))
             elapsed += gpu_us
         await self.send(ledger, *rows)

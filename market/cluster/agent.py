@@ -1,0 +1,182 @@
+"""The node agent: what engines run on a node, ending them for good, and its GPUs' memory.
+
+One detached Ray actor per node. Every engine carries its replica's id in its environment, and its
+children inherit it, so that processes are found even after their parents died.
+"""
+
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import psutil
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+
+from market.cluster import hardware
+from market.cluster.actors import stop_service
+from market.cluster.node import (
+    NAMESPACE,
+    NODE_LABEL,
+    NODE_VARIABLE,
+    RECORD_VARIABLE,
+    end_processes,
+    environments,
+    processes_with,
+)
+from market.errors import MarketError, MarketFault, Overloaded
+
+logger = logging.getLogger(__name__)
+
+REPLICA_VARIABLE = "MARKET_REPLICA"
+ANSWER_TIMEOUT_S = 5.0
+KILL_TIMEOUT_S = 10.0
+KILL_ROUNDS = 3
+THREADS = 8
+# What drivers and other contexts may take of a card that counts as free.
+TOLERANCE_MILLI = 30
+
+
+def agent_name(node_id: str) -> str:
+    """Name of the node's agent among Ray's actors."""
+    return f"node-agent-{node_id}"
+
+
+def memory_is_free(used_mib: int, total_mib: int, others_milli: int) -> bool:
+    """Whether a GPU's memory is free apart from what shares of other replicas may use.
+
+    ``others_milli`` is the sum of their shares in thousandths; 3 % of the card are tolerated.
+    """
+    return used_mib * 1000 <= total_mib * (others_milli + TOLERANCE_MILLI)
+
+
+def by_replica(
+    processes: Iterable[tuple[int, Mapping[str, str]]], marks: Mapping[str, str]
+) -> dict[str, list[int]]:
+    """Sorted pids by replica, of (pid, environment) with a replica's id and all of the marks."""
+    found: dict[str, list[int]] = {}
+    for pid, environment in sorted(processes, key=lambda process: process[0]):
+        replica_id = environment.get(REPLICA_VARIABLE)
+        if replica_id and marks.items() <= environment.items():
+            found.setdefault(replica_id, []).append(pid)
+    return found
+
+
+def marks_of(node_id: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """What the environment of this node's processes has in common.
+
+    The name alone would do, but other markets of this user on this machine may use it as well;
+    the record file is ours alone. A node that was not started by us has none.
+    """
+    marks = {NODE_VARIABLE: node_id}
+    record = environ.get(RECORD_VARIABLE)
+    return marks | {RECORD_VARIABLE: record} if record else marks
+
+
+class NodeAgent:
+    """The eyes and hands on a node; knows nothing of why."""
+
+    def __init__(self, node_id: str) -> None:
+        self._marks = marks_of(node_id, os.environ)
+
+    def residents(self) -> dict[str, list[int]]:
+        """Pids of engine processes by replica."""
+        running = ((process.pid, environ) for process, environ in environments())
+        return by_replica(running, self._marks)
+
+    def end(self, replica_id: str, patience_s: float) -> list[int]:
+        """End all processes of a replica, SIGKILL after ``patience_s``; pids that live on."""
+        for _ in range(KILL_ROUNDS):  # a process that dies may start another meanwhile
+            alive = self._processes(replica_id)
+            if not alive:
+                break
+            end_processes(alive, patience_s)
+            patience_s = 0
+        return [process.pid for process in self._processes(replica_id)]
+
+    def gpu_memory(self) -> dict[int, tuple[int, int]]:
+        """(used, total) MiB of every GPU by index; empty where there is no driver.
+
+        Raises MarketFault if the driver does not answer.
+        """
+        return hardware.gpu_memory()
+
+    def _processes(self, replica_id: str) -> list[psutil.Process]:
+        return processes_with({**self._marks, REPLICA_VARIABLE: replica_id})
+
+
+class AgentClient:
+    """Asks the agents of nodes, which start on demand. For threads that may wait some seconds."""
+
+    def __init__(self) -> None:
+        self._agents: dict[str, Any] = {}
+
+    def residents(self, node_id: str) -> dict[str, list[int]]:
+        """Pids of engine processes by replica. Raises Overloaded if the node does not answer."""
+        found: dict[str, list[int]] = self._ask(node_id, "residents", ANSWER_TIMEOUT_S)
+        return found
+
+    def end(self, node_id: str, replica_id: str, patience_s: float) -> list[int]:
+        """End all processes of a replica, SIGKILL after ``patience_s``; pids that live on.
+
+        Raises Overloaded if the node does not answer; again is harmless.
+        """
+        timeout_s = patience_s + KILL_TIMEOUT_S + ANSWER_TIMEOUT_S
+        left: list[int] = self._ask(node_id, "end", timeout_s, replica_id, patience_s)
+        return left
+
+    def gpu_memory(self, node_id: str) -> dict[int, tuple[int, int]]:
+        """(used, total) MiB of every GPU by index; empty where there is no driver.
+
+        Raises Overloaded if the node does not answer, MarketFault if its driver does not.
+        """
+        memory: dict[int, tuple[int, int]] = self._ask(node_id, "gpu_memory", ANSWER_TIMEOUT_S)
+        return memory
+
+    def dismiss(self, node_id: str) -> None:
+        """End the agent of a node that has left; Ray would wait for the node for ever."""
+        self._agents.pop(node_id, None)
+        stop_service(agent_name(node_id))
+
+    def _ask(self, node_id: str, method: str, timeout_s: float, *arguments: Any) -> Any:
+        if not _is_alive(node_id):
+            raise Overloaded(f"node {node_id} is not in the cluster now", retry_after_s=5)
+        call = None
+        try:
+            call = getattr(self._agent(node_id), method).remote(*arguments)
+            return ray.get(call, timeout=timeout_s)
+        except RayTaskError as error:
+            cause = error.cause
+            logger.error("the agent of node %s failed in %s", node_id, method, exc_info=error)
+            reason = str(cause) if isinstance(cause, MarketError) else f"it failed in {method}"
+            raise MarketFault(f"the agent of node {node_id}: {reason}") from error
+        except RayError as error:
+            # It may be restarting, or gone with its node. A call that waits must not end processes
+            # later, when a replica of that name may have started again.
+            self._agents.pop(node_id, None)
+            if call is not None and isinstance(error, GetTimeoutError):
+                ray.cancel(call)
+            raise Overloaded(f"node {node_id} does not answer", retry_after_s=5) from error
+
+    def _agent(self, node_id: str) -> Any:
+        if node_id not in self._agents:
+            self._agents[node_id] = (
+                ray.remote(NodeAgent)
+                .options(
+                    name=agent_name(node_id),
+                    namespace=NAMESPACE,
+                    lifetime="detached",
+                    get_if_exists=True,
+                    max_restarts=-1,
+                    max_task_retries=0,
+                    max_concurrency=THREADS,
+                    num_cpus=0,
+                    label_selector={NODE_LABEL: node_id},
+                )
+                .remote(node_id)
+            )
+        return self._agents[node_id]
+
+
+def _is_alive(node_id: str) -> bool:
+    return any(node["Alive"] and node["Labels"].get(NODE_LABEL) == node_id for node in ray.nodes())

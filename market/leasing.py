@@ -1,0 +1,246 @@
+"""A lease from its first hold to its close: the story, over ports.
+
+Segments are numbered into the outbox in the transaction that moves the lease's meter, so a crash
+between any two lines neither loses nor repeats a charge; holds have ids derived from the lease, so
+opening or ending one again changes nothing.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from typing import Protocol
+
+from market import leases as rules
+from market import pricing
+from market.accounts import Hold, HoldResult, HoldState
+from market.errors import InsufficientBalance
+from market.leases import Event, HoldPlan, Segment, Sight
+from market.types import (
+    HoldRequest,
+    Lane,
+    Lease,
+    LeaseState,
+    RecordKind,
+    UsageRecord,
+)
+
+PRODUCER = "scheduler"
+
+
+class LeaseLedger(Protocol):
+    """The part of the ledger that leases need."""
+
+    async def open_hold(self, request: HoldRequest) -> HoldResult:
+        """Reserve; doing it again with the same id returns the first result."""
+        ...
+
+    async def end_hold(self, producer: str, epoch: int, hold_id: str) -> None:
+        """Give back what is left of a shared hold; again is harmless."""
+        ...
+
+    async def open_holds(self) -> list[Hold]:
+        """Holds that have not ended."""
+        ...
+
+
+class LeaseShelf(Protocol):
+    """Where leases are kept."""
+
+    @property
+    def epoch(self) -> int:
+        """Under which the scheduler's records are sent and its holds opened."""
+        ...
+
+    @property
+    def leases(self) -> Mapping[str, Lease]:
+        """All leases by id, as they are stored."""
+        ...
+
+    def unsent(self) -> Iterable[str]:
+        """Leases with segments that the ledger does not have yet."""
+        ...
+
+    async def keep(self, lease: Lease, records: Sequence[UsageRecord]) -> None:
+        """Store a lease and its new segments, both or neither."""
+        ...
+
+
+class Leasing:
+    """What happens to leases; holds no state of its own."""
+
+    def __init__(self, ledger: LeaseLedger, shelf: LeaseShelf) -> None:
+        self._ledger = ledger
+        self._shelf = shelf
+
+    async def hold_first(self, lease: Lease, now: datetime) -> Lease:
+        """The lease with its first hour paid for; nothing is stored yet.
+
+        Raises InsufficientBalance that says what an hour costs.
+        """
+        plan = rules.next_hold(lease, now)
+        assert plan is not None, lease
+        held, available_pico = await self._hold(lease, plan, minimum_pico=plan.wanted_pico)
+        if held is None:
+            need, have = map(pricing.format_money, (plan.wanted_pico, available_pico))
+            raise InsufficientBalance(
+                f"the balance of {have} {lease.currency} does not cover the first hour: {need} "
+                f"{lease.currency}; deposit more (market tenants deposit {lease.tenant_id} AMOUNT)",
+                metadata={"needed": need, "available": have, "currency": lease.currency},
+            )
+        return held
+
+    async def advance(self, lease_id: str, now: datetime, sight: Sight) -> None:
+        """Meter what can be decided and do what time alone does: activate, notify, close."""
+        lease = self._shelf.leases[lease_id]
+        if lease.state is LeaseState.CLOSED:
+            return
+        event = rules.due(lease, now)
+        if event is not None:
+            await self.close(lease_id, event, now, sight, _REASONS[event])
+            return
+        metered, segments = rules.meter(lease, now, sight)
+        if metered.state is LeaseState.PENDING and sight.run is not None and now >= lease.start:
+            metered = rules.step(metered, Event.READY, now, "serving")
+        if metered.noticed_at is None and now >= rules.noticed_from(metered):
+            reason = f"ends at {metered.end:%Y-%m-%d %H:%M:%S} UTC unless it is renewed"
+            metered = replace(metered, noticed_at=now, reason=reason)
+        if metered != lease:
+            await self._shelf.keep(metered, records(metered, segments))
+
+    async def close(
+        self, lease_id: str, event: Event, now: datetime, sight: Sight, reason: str
+    ) -> None:
+        """Meter to the end and close; closing again changes nothing."""
+        lease = self._shelf.leases[lease_id]
+        if lease.state is LeaseState.CLOSED:
+            return
+        segments: list[Segment] = []
+        if lease.hold_index >= 0:
+            lease, segments = rules.meter_to_end(lease, now, sight)
+        closed = rules.step(lease, event, now, reason)
+        await self._shelf.keep(closed, records(closed, segments))
+
+    async def pause(self, lease_id: str, now: datetime, sight: Sight) -> None:
+        """Charge what was healthy until now: nobody will look for a while."""
+        lease = self._shelf.leases[lease_id]
+        if lease.state is not LeaseState.CLOSED:
+            metered, segments = rules.meter_to_end(lease, now, sight)
+            await self._shelf.keep(
+                replace(metered, run_replica=None, run_since=None), records(metered, segments)
+            )
+
+    async def hold_ahead(self, lease_id: str, now: datetime) -> None:
+        """Hold money for the next hour when it is time, or for as long as the balance lasts."""
+        lease = self._shelf.leases[lease_id]
+        plan = rules.next_hold(lease, now)
+        if plan is None:
+            return
+        held, available_pico = await self._hold(lease, plan, minimum_pico=plan.minimum_pico)
+        if held is None:
+            need = pricing.format_money(plan.minimum_pico - available_pico)
+            until = lease.covered_until + rules.GRACE
+            held = replace(
+                lease,
+                reason=f"paid until {lease.covered_until:%H:%M:%S} UTC; it closes at "
+                f"{until:%H:%M:%S} unless at least {need} {lease.currency} is deposited",
+            )
+        elif lease.reason.startswith("paid until"):
+            held = replace(held, reason="serving")
+        if held != lease:
+            await self._shelf.keep(held, ())
+
+    async def end_finished(self, lease_id: str) -> None:
+        """End holds that everything was charged against: what is left of them returns."""
+        while True:
+            lease = self._shelf.leases[lease_id]
+            index = rules.finished_hold(lease)
+            if index is None or lease_id in self._shelf.unsent():
+                return
+            await self._ledger.end_hold(PRODUCER, self._shelf.epoch, lease.hold_id(index))
+            await self._shelf.keep(replace(lease, ended_index=index), ())
+
+    async def end_strangers(self) -> None:
+        """End holds of leases that were never stored: a crash came between the two."""
+        for hold in await self._ledger.open_holds():
+            request = hold.request
+            if request.producer == PRODUCER and not self._is_known(request.hold_id):
+                await self._ledger.end_hold(PRODUCER, self._shelf.epoch, request.hold_id)
+
+    def _is_known(self, hold_id: str) -> bool:
+        lease_id, _, _ = hold_id.rpartition("-hold-")
+        return lease_id in self._shelf.leases
+
+    async def _hold(
+        self, lease: Lease, plan: HoldPlan, minimum_pico: int
+    ) -> tuple[Lease | None, int]:
+        """The lease with the hold, None if it was refused; and what else is available."""
+        result = await self._ledger.open_hold(
+            HoldRequest(
+                hold_id=lease.hold_id(plan.index),
+                producer=PRODUCER,
+                epoch=self._shelf.epoch,
+                tenant_id=lease.tenant_id,
+                api_key_id=lease.api_key_id,
+                wanted_pico=plan.wanted_pico,
+                minimum_pico=minimum_pico,
+                model=lease.model,
+                lane=Lane.LEASE,
+                deployment_id=lease.lease_id,
+                provider_id=lease.provider_id,
+                node_id=lease.node_id,
+                gpu_type=lease.gpu_type,
+                gpu_milli=lease.total_milli,
+                price_id=lease.price_id,
+                currency=lease.currency,
+                started_at=plan.start,
+                shared=True,
+            )
+        )
+        if result.hold is None or result.hold.state is not HoldState.PENDING:
+            return None, result.available_pico
+        return rules.with_hold(lease, plan, result.hold.amount_pico), result.available_pico
+
+
+def records(lease: Lease, segments: Sequence[Segment]) -> list[UsageRecord]:
+    """Segments as rows of the usage ledger; credited time has charge 0 and says why."""
+    return [
+        UsageRecord(
+            kind=RecordKind.GPU,
+            request_id=None,
+            tenant_id=lease.tenant_id,
+            api_key_id=lease.api_key_id,
+            model=lease.model,
+            lane=Lane.LEASE,
+            deployment_id=lease.lease_id,
+            provider_id=lease.provider_id,
+            node_id=lease.node_id,
+            gpu_type=lease.gpu_type,
+            gpu_milli=lease.total_milli,
+            started_at=segment.start,
+            finished_at=segment.end,
+            input_tokens=0,
+            cached_input_tokens=0,
+            output_tokens=0,
+            price_id=lease.price_id,
+            charge_pico=segment.charge_pico,
+            currency=lease.currency,
+            finish_reason=None,
+            lease_id=lease.lease_id,
+            slice_id=lease.hold_id(segment.hold_index),
+            gpu_us=segment.gpu_us,
+            attrs=_credit(segment),
+        )
+        for segment in segments
+    ]
+
+
+def _credit(segment: Segment) -> tuple[tuple[str, str], ...]:
+    if not segment.credited_us:
+        return ()
+    return (("credited_us", str(segment.credited_us)), ("credit_reason", segment.reason))
+
+
+_REASONS = {
+    Event.EXPIRE: "its term is over",
+    Event.RUN_DRY: "the balance was out for longer than the grace period",
+}

@@ -1,0 +1,305 @@
+"""Orders × offers → a place at a price, or the reason why not. Pure and deterministic.
+
+The cheapest offer that fits wins; among equal asks placement decides; ties end on ids.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+
+from market import placement
+from market.calendar import Calendar
+from market.catalog import Model
+from market.placement import Classes, GpuRoom, NodeRoom, ShareRequest
+from market.pricing import format_money
+from market.types import Offer, OfferState, Order, Place
+
+MIB_PER_GIB = 1024
+EPOCH = datetime(1970, 1, 1)
+MICRO = timedelta(microseconds=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A place for an order at an offer's ask. ``place`` has no indices if any one GPU will do."""
+
+    order: Order
+    offer: Offer
+    place: Place
+    start: datetime
+    end: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Misfit:
+    """Why nothing fits, as a sentence for people; when it could start, if it ever can."""
+
+    reason: str
+    earliest: datetime | None = None
+
+
+def micros(moment: datetime) -> int:
+    """A moment as the calendar counts: microseconds since 1970."""
+    return (moment.replace(tzinfo=None) - EPOCH) // MICRO
+
+
+def match(
+    order: Order,
+    model: Model,
+    offers: Sequence[Offer],
+    calendar: Calendar,
+    now: datetime,
+    classes: Classes = (),
+) -> Match | Misfit:
+    """The cheapest place for a lease, bound to GPUs if it starts now."""
+    start = max(order.start or now, now)
+    end = start + timedelta(seconds=order.term_s)
+    against = {o.offer_id: _against(order, model, o, start, end) for o in offers}
+    suitable = [offer for offer in offers if not against[offer.offer_id]]
+    later = order.start is not None and start > now
+    for ask_pico in sorted({offer.ask_pico for offer in suitable}):
+        same = [offer for offer in suitable if offer.ask_pico == ask_pico]
+        found = _pick(order, model, same, calendar, (start, end), later, classes)
+        if found is not None:
+            return found
+    earliest = _earliest(order, suitable, calendar, start)
+    reasons = [(o, against[o.offer_id] or _no_room(order, o, calendar, start, end)) for o in offers]
+    return Misfit(_explain(order, reasons, earliest), earliest)
+
+
+def _pick(
+    order: Order,
+    model: Model,
+    offers: Sequence[Offer],
+    calendar: Calendar,
+    span: tuple[datetime, datetime],
+    later: bool,
+    classes: Classes,
+) -> Match | None:
+    start, end = span
+    if later and order.gpu_count == 1 and order.gpu_milli == 1000:
+        # Which GPU is decided at the start: so no booking stands in another's way for nothing.
+        by_node = {o.node_id: o for o in offers}
+        fitting = [n for n in by_node if calendar.any_room(n, micros(start), micros(end))]
+        node_id = calendar.best_node(sorted(fitting), 1, 1000, micros(start), micros(end))
+        node_id = node_id or min(fitting, default=None)
+        if node_id is not None:
+            offer = by_node[node_id]
+            return Match(order, offer, Place(offer.offer_id, node_id, (), 1000), start, end)
+    rooms = [node_room(o, calendar.room(o.node_id, micros(start), micros(end))) for o in offers]
+    # One request for all: offers differ in memory, which went with the share already.
+    request = ShareRequest(order.gpu_count, order.gpu_milli, 0)
+    chosen = placement.choose(rooms, request, classes)
+    if chosen is None:
+        return None
+    offer = next(o for o in offers if o.node_id == chosen.node_id)
+    place = Place(
+        offer.offer_id, offer.node_id, indices(offer, chosen.gpu_indices), order.gpu_milli
+    )
+    return Match(order, offer, place, start, end)
+
+
+def node_room(offer: Offer, free_milli: Sequence[int]) -> NodeRoom:
+    """An offer's node with what is free of each GPU."""
+    return NodeRoom(
+        node_id=offer.node_id,
+        gpu_type=offer.gpu_type,
+        cpu_milli=offer.cpu_count * 1000,
+        memory_mib=offer.memory_mib,
+        gpus=tuple(
+            GpuRoom(free, gpu.memory_mib * free // 1000, gpu.domain)
+            for gpu, free in zip(offer.gpus, free_milli, strict=True)
+        ),
+    )
+
+
+def indices(offer: Offer, positions: Iterable[int]) -> tuple[int, ...]:
+    """Physical GPU indices of places in the offer's list."""
+    return tuple(offer.gpus[position].index for position in positions)
+
+
+def positions(offer: Offer, gpu_indices: Iterable[int]) -> tuple[int, ...]:
+    """Places in the offer's list of physical GPU indices. Raises KeyError for an unknown one."""
+    known = {gpu.index: position for position, gpu in enumerate(offer.gpus)}
+    return tuple(known[index] for index in gpu_indices)
+
+
+def _against(  # one line per rule
+    order: Order, model: Model, offer: Offer, start: datetime, end: datetime
+) -> str:
+    """The first thing that speaks against an offer whatever runs on it; empty if nothing does."""
+    memory_mib = min((gpu.memory_mib for gpu in offer.gpus), default=0)
+    share_mib = order.gpu_count * order.gpu_milli * memory_mib // 1000
+    if offer.state is not OfferState.OPEN:
+        return f"is {offer.state}" + (f" ({offer.reason})" if offer.reason else "")
+    if not offer.gpus:
+        return "has no GPU"
+    if order.provider_id is not None and offer.provider_id != order.provider_id:
+        return f"is of another provider than {order.provider_id}"
+    if order.region is not None and offer.region != order.region:
+        return f"is in region {offer.region}, not {order.region}"
+    if order.gpu_type is not None and offer.gpu_type != order.gpu_type:
+        return f"has {offer.gpu_type}, not {order.gpu_type}"
+    if order.gpu_memory_mib is not None and memory_mib < order.gpu_memory_mib:
+        return f"has GPUs of {_gib(memory_mib)} GiB, not {_gib(order.gpu_memory_mib)}"
+    if len(offer.gpus) < order.gpu_count:
+        return f"has only {len(offer.gpus)} GPU(s)"
+    if share_mib < model.memory_mib:
+        have = f"{_share(order)} of {offer.gpu_type} has {share_mib // MIB_PER_GIB}"
+        return f"is too small: {model.name} needs {_gib(model.memory_mib)} GiB, {have}"
+    if offer.logical and not model.runs_on_cpu:
+        return f"has logical GPUs only, and {model.name} does not run on CPUs"
+    if order.max_price_pico is not None and offer.ask_pico > order.max_price_pico:
+        return f"asks {format_money(offer.ask_pico)} per GPU-hour"
+    if not offer.term_min_s <= order.term_s <= offer.term_max_s:
+        return f"takes terms of {_term(offer.term_min_s)} to {_term(offer.term_max_s)}"
+    if offer.available_from is not None and start < offer.available_from:
+        return f"is available from {_clock(offer.available_from)} on"
+    if offer.available_until is not None and end > offer.available_until:
+        return f"is available until {_clock(offer.available_until)}"
+    return ""
+
+
+def _no_room(order: Order, offer: Offer, calendar: Calendar, start: datetime, end: datetime) -> str:
+    free = calendar.room(offer.node_id, micros(start), micros(end))
+    if order.gpu_count == 1:
+        return f"has at most {max(free, default=0) / 1000:g} of a GPU free for the whole term"
+    whole = sum(share >= order.gpu_milli for share in free)
+    return f"has {whole} of {len(free)} GPUs free for the whole term"
+
+
+def _explain(order: Order, reasons: Sequence[tuple[Offer, str]], earliest: datetime | None) -> str:
+    if not reasons:
+        return "nobody offers GPUs here (market join, on a machine with some)"
+    offers_by_reason: dict[str, list[str]] = defaultdict(list)
+    for offer, reason in sorted(reasons, key=lambda pair: pair[0].offer_id):
+        offers_by_reason[reason].append(offer.offer_id)
+    parts = [f"{', '.join(names)} {reason}" for reason, names in offers_by_reason.items()]
+    hint = f"; it would fit from {_clock(earliest)} on" if earliest is not None else ""
+    return f"no offer has room for {_share(order)}: {'; '.join(parts)}{hint}"
+
+
+def _earliest(
+    order: Order, offers: Sequence[Offer], calendar: Calendar, after: datetime
+) -> datetime | None:
+    """The first start at which some offer has room for the whole term."""
+    term_us = order.term_s * 10**6
+    found = [
+        moment
+        for offer in offers
+        for moment in [
+            calendar.earliest(
+                offer.node_id, order.gpu_count, order.gpu_milli, term_us, micros(after)
+            )
+        ]
+        if moment is not None
+        and (offer.available_until is None or moment + term_us <= micros(offer.available_until))
+    ]
+    return after + (min(found) - micros(after)) * MICRO if found else None
+
+
+# -- pools ---------------------------------------------------------------------------------
+
+
+def place_pool(
+    model: Model,
+    replicas: int,
+    offers: Sequence[Offer],
+    calendar: Calendar,
+    cpu_memory_mib: Mapping[str, int],
+    now: datetime,
+) -> tuple[Place, ...] | Misfit:
+    """Places for a pool's replicas without an end: shares of GPUs, cheapest first, else CPUs.
+
+    ``cpu_memory_mib`` is what is taken of the memory of nodes without GPUs, by offer.
+    """
+    usable = [o for o in offers if o.state is OfferState.OPEN and o.available_until is None]
+    rooms = {
+        o.offer_id: node_room(o, calendar.room(o.node_id, micros(now), None))
+        for o in usable
+        if o.gpus and not (o.logical and not model.runs_on_cpu)
+    }
+    taken = dict(cpu_memory_mib)
+    places: list[Place] = []
+    for _ in range(replicas):
+        place = _gpu_place(model, usable, rooms) or _cpu_place(model, usable, taken)
+        if place is None:
+            times = f"{replicas} times " if replicas > 1 else ""
+            have = _have([*rooms.values()], usable, taken)
+            return Misfit(f"{model.name} needs {times}{_need(model)}; {have}")
+        places.append(place)
+    return tuple(places)
+
+
+def _gpu_place(model: Model, offers: Sequence[Offer], rooms: dict[str, NodeRoom]) -> Place | None:
+    for ask_pico in sorted({offer.ask_pico for offer in offers}):
+        options = []
+        for offer in (o for o in offers if o.ask_pico == ask_pico and o.offer_id in rooms):
+            share = -(-model.memory_mib * 1000 // min(gpu.memory_mib for gpu in offer.gpus))
+            if share <= 1000:
+                request = ShareRequest(1, share, 0)
+                chosen = placement.choose([rooms[offer.offer_id]], request, ())
+                if chosen is not None:
+                    options.append((share, offer.offer_id, offer, chosen))
+        if options:
+            share, _, offer, chosen = min(options, key=lambda option: option[:2])
+            room = rooms[offer.offer_id]
+            gpus = list(room.gpus)
+            (position,) = chosen.gpu_indices
+            free = gpus[position].milli - share
+            memory_mib = offer.gpus[position].memory_mib * free // 1000
+            gpus[position] = GpuRoom(free, memory_mib, gpus[position].domain)
+            rooms[offer.offer_id] = replace(room, gpus=tuple(gpus))
+            gpu_indices = indices(offer, chosen.gpu_indices)
+            return Place(offer.offer_id, offer.node_id, gpu_indices, share)
+    return None
+
+
+def _cpu_place(model: Model, offers: Sequence[Offer], taken: dict[str, int]) -> Place | None:
+    if not model.runs_on_cpu:
+        return None
+    for offer in sorted((o for o in offers if not o.gpus), key=lambda o: o.offer_id):
+        used = taken.get(offer.offer_id, 0) + model.memory_mib
+        if used <= offer.memory_mib:
+            taken[offer.offer_id] = used
+            return Place(offer.offer_id, offer.node_id)
+    return None
+
+
+def _need(model: Model) -> str:
+    gib = _gib(model.memory_mib)
+    if model.runs_on_cpu:
+        return f"{gib} GiB of memory or 1 GPU with {gib} GiB free"
+    return f"1 GPU with {gib} GiB free"
+
+
+def _have(rooms: Sequence[NodeRoom], offers: Sequence[Offer], taken: Mapping[str, int]) -> str:
+    free = [gpu.memory_mib for room in rooms for gpu in room.gpus]
+    if free:
+        return f"the freest of this cluster's {len(free)} has {max(free) // MIB_PER_GIB} GiB"
+    left = [o.memory_mib - taken.get(o.offer_id, 0) for o in offers if not o.gpus]
+    memory = max(left, default=0) // MIB_PER_GIB
+    return f"this cluster has none (its freest node has {memory} GiB of memory left)"
+
+
+def _share(order: Order) -> str:
+    if order.gpu_milli < 1000:
+        return f"{order.gpu_milli / 1000:g} of a GPU"
+    return f"{order.gpu_count} GPU(s)"
+
+
+def _term(seconds: int) -> str:
+    days, rest = divmod(seconds, 86_400)
+    if days and not rest:
+        return f"{days} d"
+    hours, rest = divmod(seconds, 3_600)
+    return f"{hours} h" if not rest else f"{seconds} s"
+
+
+def _clock(moment: datetime) -> str:
+    return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _gib(mib: int) -> int:
+    return -(-mib // MIB_PER_GIB)

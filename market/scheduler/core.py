@@ -1,0 +1,229 @@
+"""What the parts of the scheduler share: state, calendar, ports, and one lock for decisions."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from functools import partial
+from typing import Protocol
+
+from market import matching
+from market.accounts import Hold, HoldResult
+from market.calendar import Calendar, Oversubscribed
+from market.catalog import Model
+from market.config import Config
+from market.leasing import PRODUCER, Leasing
+from market.matching import micros
+from market.ports import Clock
+from market.scheduler.store import State, Store
+from market.types import (
+    ClusterView,
+    Deployment,
+    HoldRequest,
+    Lease,
+    LeaseState,
+    Offer,
+    RateCard,
+    Replica,
+    ReplicaState,
+    UsageRecord,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Cluster(Protocol):
+    """Where applications run: Ray and Ray Serve, or a fake. All calls may block."""
+
+    def check(self, model: Model, engine: str) -> None:
+        """Raises InvalidRequest or NotFound if the engine or the model's files are missing."""
+        ...
+
+    def look(self) -> ClusterView:
+        """Nodes and applications right now."""
+        ...
+
+    def start(self, replica: Replica, deployment: Deployment, offer: Offer) -> None:
+        """Begin to run a replica's application; returns before it is ready."""
+        ...
+
+    def remove(self, app_name: str) -> None:
+        """Begin to drain and remove an application."""
+        ...
+
+    def residents(self, node_id: str) -> frozenset[str]:
+        """Replicas with processes on a node. Raises Overloaded if it does not answer."""
+        ...
+
+    def memory_taken(self, node_id: str, others_milli: Mapping[int, int]) -> frozenset[int]:
+        """Which of these GPUs have more memory in use than the shares of others explain."""
+        ...
+
+    def end(self, replica_id: str, node_id: str) -> None:
+        """End what a replica left running on a node."""
+        ...
+
+
+class LedgerPort(Protocol):
+    """The part of the ledger that the scheduler needs."""
+
+    async def rate_card(self, model: str) -> RateCard | None:
+        """The price in force, None if there is none."""
+        ...
+
+    async def add_rate_cards(self, cards: list[RateCard], only_new_models: bool) -> None:
+        """Add prices."""
+        ...
+
+    async def register_producer(self, producer: str) -> int:
+        """A new epoch."""
+        ...
+
+    async def open_hold(self, request: HoldRequest) -> HoldResult:
+        """Set money aside."""
+        ...
+
+    async def end_hold(self, producer: str, epoch: int, hold_id: str) -> None:
+        """Give back what is left of a hold."""
+        ...
+
+    async def open_holds(self) -> list[Hold]:
+        """Holds that have not ended."""
+        ...
+
+
+SendUsage = Callable[[tuple[str, int], int, Sequence[UsageRecord]], Awaitable[int]]
+
+
+class Shelf:
+    """The LeaseShelf port over the store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    @property
+    def epoch(self) -> int:
+        """The scheduler's epoch as a producer."""
+        return self._store.state.epoch
+
+    @property
+    def leases(self) -> Mapping[str, Lease]:
+        """All leases."""
+        return self._store.state.leases
+
+    def unsent(self) -> Iterable[str]:
+        """Leases with segments in the outbox."""
+        return {lease_id for lease_id, _ in self._store.state.outbox.values()}
+
+    async def keep(self, lease: Lease, records: Sequence[UsageRecord]) -> None:
+        """Store a lease and its segments."""
+        await self._store.save([lease], records=[(lease.lease_id, r) for r in records])
+
+
+class Core:
+    """Decisions are made and stored under ``lock``: two must not be given the same place."""
+
+    def __init__(
+        self, config: Config, clock: Clock, ledger: LedgerPort, cluster: Cluster, store: Store
+    ) -> None:
+        self.config = config
+        self.clock = clock
+        self.ledger = ledger
+        self.cluster = cluster
+        self.store = store
+        self.leasing = Leasing(ledger, Shelf(store))
+        self.calendar = Calendar()
+        self.lock = asyncio.Lock()
+
+    @property
+    def state(self) -> State:
+        """Everything as it is stored."""
+        return self.store.state
+
+    @property
+    def offers(self) -> list[Offer]:
+        """All offers, by id."""
+        return [self.state.offers[name] for name in sorted(self.state.offers)]
+
+    async def register(self) -> None:
+        """Take an epoch before the first hold, once in the market's life.
+
+        There is one scheduler, locked to its tables, so it needs no other: its holds stay open and
+        its segments stay numbered over restarts. Under the lock.
+        """
+        if not self.state.epoch:
+            epoch = await self.ledger.register_producer(PRODUCER)
+            await self.store.save(epoch=epoch)
+
+    def open_leases(self) -> list[Lease]:
+        """Leases that are not closed, oldest first."""
+        leases = [v for v in self.state.leases.values() if v.state is not LeaseState.CLOSED]
+        return sorted(leases, key=lambda lease: (lease.created_at, lease.lease_id))
+
+    def replicas_of(self, deployment_id: str) -> list[Replica]:
+        """A deployment's replicas, oldest first."""
+        own = [r for r in self.state.replicas.values() if r.deployment_id == deployment_id]
+        return sorted(own, key=lambda replica: (replica.created_at, replica.replica_id))
+
+    def running(self, deployment_id: str) -> list[Replica]:
+        """Those of its replicas that are not on their way out."""
+        ending = (ReplicaState.STOPPING, ReplicaState.FREEING)
+        return [r for r in self.replicas_of(deployment_id) if r.state not in ending]
+
+    def rebuild_calendar(self) -> None:
+        """Book everything that holds GPUs, from the stored state."""
+        self.calendar = Calendar()
+        for offer in self.offers:
+            self.calendar.set_node(offer.node_id, len(offer.gpus))
+        pools = [r for r in self.state.replicas.values() if self._is_pool(r)]
+        leases = self.open_leases()
+        for replica in sorted(pools, key=lambda r: r.replica_id):
+            self._restore(partial(self.book_replica, replica), replica.replica_id)
+        for lease in sorted(leases, key=lambda lease: not lease.gpu_indices):
+            self._restore(partial(self.book_lease, lease), lease.lease_id)
+
+    def book_lease(self, lease: Lease) -> Lease:
+        """Put a lease into the calendar; it may be bound to a GPU by that. Raises Oversubscribed.
+
+        A floating one that is bound is like any other.
+        """
+        start, end = micros(lease.start), micros(lease.end)
+        offer = self.state.offers[lease.offer_id]
+        if lease.gpu_indices:
+            places = matching.positions(offer, lease.gpu_indices)
+            self.calendar.book(lease.lease_id, lease.node_id, places, lease.gpu_milli, start, end)
+            return lease
+        early = self.calendar.book_any(lease.lease_id, lease.node_id, start, end)
+        if early is None:
+            return lease
+        return replace(lease, gpu_indices=matching.indices(offer, [early]))
+
+    def book_replica(self, replica: Replica) -> None:
+        """Put a pool's replica into the calendar, without an end. Raises Oversubscribed."""
+        place = replica.place
+        if place.gpu_indices:
+            offer = self.state.offers[place.offer_id]
+            places = matching.positions(offer, place.gpu_indices)
+            start = micros(replica.created_at)
+            self.calendar.book(
+                replica.replica_id, place.node_id, places, place.gpu_milli, start, None
+            )
+
+    def unbook(self, booking_id: str, at: datetime) -> None:
+        """Nothing of a booking is left from ``at`` on; an unknown one is none."""
+        with contextlib.suppress(ValueError):
+            self.calendar.cut(booking_id, micros(at))
+
+    def _is_pool(self, replica: Replica) -> bool:
+        deployment = self.state.deployments.get(replica.deployment_id)
+        return deployment is None or deployment.lease_id is None
+
+    def _restore(self, book: Callable[[], object], name: str) -> None:
+        try:
+            book()
+        except (Oversubscribed, KeyError, ValueError) as error:
+            # It keeps what it has: the reconciler starts nothing beside it. New orders are
+            # refused by what the calendar does know.
+            logger.error("ALARM %s is not in the calendar: %r", name, error)

@@ -1,0 +1,330 @@
+"""The loop: look at the cluster, advance leases, match what waits, reconcile, send what is metered.
+
+Each part may fail alone; the next round tries again. Nothing here is in a request's path.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from datetime import datetime
+from functools import partial
+from typing import Any
+
+from market import leases as rules
+from market.errors import MarketError
+from market.leases import Event, Sight
+from market.leasing import PRODUCER
+from market.scheduler import reconcile
+from market.scheduler.core import Core, SendUsage
+from market.scheduler.nodes import Nodes
+from market.scheduler.orders import Orders
+from market.scheduler.pools import Pools
+from market.scheduler.reconcile import Seen
+from market.types import (
+    ClusterView,
+    Lease,
+    LeaseState,
+    OfferState,
+    Replica,
+    ReplicaState,
+)
+
+logger = logging.getLogger(__name__)
+
+ROUND_S = 0.5
+LOOK_TIMEOUT_S = 10.0
+FUNDS_RETRY_S = 2.0
+SEND_MAX = 1024
+SERVING = (ReplicaState.STARTING, ReplicaState.READY)
+
+
+class Keeper:
+    """Keeps the cluster as it should be. What it remembers itself may be lost at any time."""
+
+    def __init__(self, core: Core, nodes: Nodes, orders: Orders, pools: Pools, send: SendUsage):
+        self._core = core
+        self._nodes = nodes
+        self._orders = orders
+        self._pools = pools
+        self._send = send
+        self._view: ClusterView | None = None
+        self._seen_runs: dict[str, datetime] = {}
+        self._lost_since_s: dict[str, float] = {}
+        self._asked_funds_s: dict[str, float] = {}
+        self._working: dict[str, asyncio.Task[None]] = {}
+        self._swept: set[str] = set()
+        self._tidied = False
+
+    async def run_forever(self) -> None:
+        """Rounds, until cancelled."""
+        while True:
+            await self.round()
+            await asyncio.sleep(ROUND_S)
+
+    async def round(self) -> None:
+        """One round; what fails is logged and tried again in the next."""
+        await self._guard("tidying", self._tidy)
+        view = await self._guard("looking at the cluster", self._look)
+        now = self._core.clock.now()
+        if view is not None:
+            await self._guard("advancing leases", partial(self._advance, view, now))
+            await self._guard("reconciling", partial(self._reconcile, view, now))
+        await self._guard("sending segments", self.send)
+        await self._guard("holding money", partial(self._hold, now))
+
+    async def flush(self) -> None:
+        """Meter and send what there is: the scheduler is going down in good order."""
+        view = await self._guard("looking at the cluster", self._look)
+        if view is not None:
+            now = self._core.clock.now()
+            async with self._core.lock:
+                for lease in self._core.open_leases():
+                    sight = self.sight(lease, view)
+                    if lease.hold_index >= 0 and sight.run == lease.run_replica is not None:
+                        await self._core.leasing.pause(lease.lease_id, now, sight)
+        await self._guard("sending segments", self.send)
+
+    async def stop(self) -> None:
+        """End what is under way."""
+        for task in self._working.values():
+            task.cancel()
+        await asyncio.gather(*self._working.values(), return_exceptions=True)
+
+    def sight(self, lease: Lease, view: ClusterView | None = None) -> Sight:
+        """What is seen of a lease's replica, now or in the last view."""
+        view = view or self._view
+        lost = self._core.state.offers[lease.offer_id].state is OfferState.LOST
+        last = self._seen_runs.get(lease.lease_id)
+        if view is None:
+            return Sight(None, last, lost)
+        for replica in self._core.replicas_of(lease.lease_id):
+            app = view.apps.get(replica.app_name)
+            if replica.state in SERVING and app is not None and not lost:
+                return Sight(app.run, last, lost)
+        return Sight(None, last, lost)
+
+    # -- parts of a round --------------------------------------------------------------------
+
+    async def _tidy(self) -> None:
+        """Once: end holds that a crash left without a lease."""
+        if not self._tidied:
+            async with self._core.lock:
+                await self._core.register()
+                await self._core.leasing.end_strangers()
+            self._tidied = True
+
+    async def _look(self) -> ClusterView:
+        view = await asyncio.wait_for(asyncio.to_thread(self._core.cluster.look), LOOK_TIMEOUT_S)
+        async with self._core.lock:
+            await self._nodes.see(view.nodes)
+        self._view = view
+        return view
+
+    async def _advance(self, view: ClusterView, now: datetime) -> None:
+        async with self._core.lock:
+            for lease in self._core.open_leases():
+                await self._guard(lease.lease_id, partial(self._lease, lease, view, now))
+            for lease in list(self._core.state.leases.values()):
+                if lease.state is LeaseState.CLOSED:
+                    await self._stop_replicas(lease, f"lease {lease.close_reason}")
+            await self._lost(now)
+            await self._orders.retry(now)
+
+    async def _lease(self, lease: Lease, view: ClusterView, now: datetime) -> None:
+        if lease.floating and not lease.gpu_indices and now >= lease.start:
+            lease = await self._orders.bind(lease)
+        sight = self.sight(lease, view)
+        failed = [
+            r for r in self._core.replicas_of(lease.lease_id) if r.state is ReplicaState.FAILED
+        ]
+        if failed:
+            reason = f"the replica failed: {failed[0].reason}"
+            await self._orders.close_locked(lease.lease_id, Event.FAIL, sight, reason)
+            return
+        await self._core.leasing.advance(lease.lease_id, now, sight)
+        lease = self._core.state.leases[lease.lease_id]
+        if sight.run is not None and lease.run_replica == sight.run:
+            self._seen_runs[lease.lease_id] = now
+        if lease.state is LeaseState.CLOSED:
+            self._core.unbook(lease.lease_id, now)
+            self._seen_runs.pop(lease.lease_id, None)
+        elif now >= rules.stops_at(lease):
+            await self._stop_replicas(lease, "its term is over")
+
+    async def _stop_replicas(self, lease: Lease, reason: str) -> None:
+        stopping = [
+            replace(replica, state=ReplicaState.STOPPING, reason=reason)
+            for replica in self._core.running(lease.lease_id)
+        ]
+        deployment = self._core.state.deployments.get(lease.lease_id)
+        if stopping or (deployment is not None and not deployment.stopping):
+            kept = [] if deployment is None else [replace(deployment, stopping=True)]
+            await self._core.store.save([*stopping, *kept])
+
+    async def _lost(self, now: datetime) -> None:
+        """After a while, move what runs on a lost node; close what cannot move. Under the lock."""
+        clock_s = self._core.clock.monotonic()
+        for offer in self._core.offers:
+            if offer.state is not OfferState.LOST:
+                self._lost_since_s.pop(offer.offer_id, None)
+                continue
+            since_s = self._lost_since_s.setdefault(offer.offer_id, clock_s)
+            self._swept.discard(offer.node_id)
+            if clock_s - since_s < self._core.config.node_patience_s:
+                continue
+            reason = f"node {offer.node_id} was lost"
+            for lease in self._core.open_leases():
+                begun = lease.offer_id == offer.offer_id and now >= lease.start
+                if begun and await self._orders.move(lease, reason) is None:
+                    sight = self.sight(lease)
+                    await self._orders.close_locked(lease.lease_id, Event.LOSE_NODE, sight, reason)
+            for replica in self._pool_replicas_on(offer.offer_id):
+                await self._pools.replace_lost(replica, reason)
+
+    def _pool_replicas_on(self, offer_id: str) -> list[Replica]:
+        state = self._core.state
+        return [
+            replica
+            for deployment in state.deployments.values()
+            if deployment.lease_id is None
+            for replica in self._core.running(deployment.deployment_id)
+            if replica.place.offer_id == offer_id
+        ]
+
+    async def _hold(self, now: datetime) -> None:
+        """Money for the next hour; what is left of the last one returns."""
+        async with self._core.lock:
+            for lease in list(self._core.state.leases.values()):
+                if rules.is_over(lease):
+                    continue
+                name = lease.lease_id
+                await self._guard(name, partial(self._core.leasing.end_finished, name))
+                clock_s = self._core.clock.monotonic()
+                asked_s = self._asked_funds_s.get(name, float("-inf"))
+                if clock_s - asked_s >= FUNDS_RETRY_S and rules.next_hold(lease, now) is not None:
+                    self._asked_funds_s[name] = clock_s
+                    await self._guard(name, partial(self._core.leasing.hold_ahead, name, now))
+
+    async def send(self) -> None:
+        """Bring metered segments to the ledger, in their order, once each."""
+        while self._core.state.outbox and self._core.state.epoch:
+            outbox = self._core.state.outbox
+            seqs = sorted(outbox)[:SEND_MAX]
+            batch = [outbox[seq][1] for seq in seqs]
+            await self._send((PRODUCER, self._core.state.epoch), seqs[0], batch)
+            await self._core.store.sent(seqs[-1] + 1)
+
+    # -- replicas ------------------------------------------------------------------------------
+
+    async def _reconcile(self, view: ClusterView, now: datetime) -> None:
+        residents, memory = await self._ask_nodes()
+        async with self._core.lock:
+            state = self._core.state
+            starts = {
+                replica.replica_id: state.leases[replica.deployment_id].start
+                for replica in state.replicas.values()
+                if replica.deployment_id in state.leases
+            }
+            seen = Seen(view.apps, residents, memory)
+            steps = reconcile.plan(state.replicas.values(), state.offers, starts, seen, now)
+            for step in steps:
+                await self._decide(step)
+            await self._forget_deployments()
+        for step in steps:
+            self._act(step)
+
+    async def _ask_nodes(self) -> tuple[dict[str, frozenset[str]], frozenset[tuple[str, int]]]:
+        """Processes and memory of nodes where a GPU is being freed, or that have come back."""
+        freeing = [r for r in self._core.state.replicas.values() if r.state is ReplicaState.FREEING]
+        offers = [o for o in self._core.offers if o.state in (OfferState.OPEN, OfferState.DRAINING)]
+        nodes = {r.place.node_id for r in freeing} | {o.node_id for o in offers} - self._swept
+        alive = {o.node_id for o in offers}
+        residents: dict[str, frozenset[str]] = {}
+        taken: set[tuple[str, int]] = set()
+        for node_id in sorted(nodes & alive):
+            others = self._others_milli(node_id)
+            gpus = {i: others.get(i, 0) for r in freeing for i in r.place.gpu_indices
+                    if r.place.node_id == node_id}  # fmt: skip
+            try:
+                found = await asyncio.to_thread(self._core.cluster.residents, node_id)
+                used = await asyncio.to_thread(self._core.cluster.memory_taken, node_id, gpus)
+            except MarketError as error:
+                logger.warning("node %s: %s", node_id, error.message)
+                continue
+            residents[node_id] = found
+            taken.update((node_id, index) for index in used)
+            self._swept.add(node_id)
+        return residents, frozenset(taken)
+
+    def _others_milli(self, node_id: str) -> dict[int, int]:
+        """Shares of a node's GPUs that running replicas may use."""
+        used: dict[int, int] = {}
+        for replica in self._core.state.replicas.values():
+            waiting = replica.state in (ReplicaState.WAITING, ReplicaState.FREEING)
+            if replica.place.node_id == node_id and not waiting:
+                for index in replica.place.gpu_indices:
+                    used[index] = used.get(index, 0) + replica.place.gpu_milli
+        return used
+
+    async def _decide(self, step: reconcile.Step) -> None:
+        state = self._core.state
+        match step:
+            case reconcile.Mark(replica_id, to, reason):
+                marked = replace(state.replicas[replica_id], state=to, reason=reason)
+                await self._core.store.save([marked])
+            case reconcile.Forget(replica_id):
+                await self._core.store.save(gone=[state.replicas[replica_id]])
+                self._core.unbook(replica_id, self._core.clock.now())
+            case _:
+                pass
+
+    async def _forget_deployments(self) -> None:
+        """A deployment that is being removed is gone with its last replica."""
+        core = self._core
+        known = core.state.deployments.values()
+        over = [d for d in known if d.stopping and not core.replicas_of(d.deployment_id)]
+        if over:
+            await self._core.store.save(gone=over)
+
+    def _act(self, step: reconcile.Step) -> None:
+        """Do what takes time beside the loop, one thing per replica at once."""
+        cluster, state = self._core.cluster, self._core.state
+        match step:
+            case reconcile.Start(replica):
+                deployment = state.deployments.get(replica.deployment_id)
+                if deployment is not None:
+                    offer = state.offers[replica.place.offer_id]
+                    self._work(replica.app_name, cluster.start, replica, deployment, offer)
+            case reconcile.Remove(app_name):
+                self._work(app_name, cluster.remove, app_name)
+            case reconcile.End(replica_id, node_id):
+                self._swept.discard(node_id)
+                self._work(replica_id, cluster.end, replica_id, node_id)
+            case _:
+                pass
+
+    def _work(self, name: str, function: Callable[..., None], *arguments: Any) -> None:
+        if name in self._working:
+            return
+
+        async def work() -> None:
+            try:
+                await asyncio.to_thread(function, *arguments)
+            except Exception:
+                logger.exception("%s of %s failed, tried again", function.__name__, name)
+            finally:
+                del self._working[name]
+
+        self._working[name] = asyncio.create_task(work())
+
+    async def _guard(self, what: str, part: Callable[[], Awaitable[Any]]) -> Any:
+        """One lease or part that fails must not stop the others."""
+        try:
+            return await part()
+        except Exception as error:
+            if isinstance(error, MarketError | TimeoutError):
+                logger.warning("%s: %s", what, error)
+            else:
+                logger.exception("%s failed; the next round tries again", what)
+            return None
