@@ -22,7 +22,7 @@ from market.cluster import hardware, node
 from market.cluster.actors import proxy, start_service, stop_service
 from market.cluster.serve import ServeCluster, import_builder, run_application
 from market.config import Config
-from market.errors import InvalidRequest, MarketFault
+from market.errors import InvalidRequest, MarketError, MarketFault
 from market.ledger.producer import send
 from market.ledger.service import Ledger
 from market.scheduler.service import Scheduler
@@ -129,7 +129,8 @@ def down(config: Config, report: Report) -> bool:
     try:
         with _connected(head):
             report("draining the gateway")
-            asyncio.run(scheduler_client().close())
+            with contextlib.suppress(MarketError):  # what it cannot meter now is credited
+                asyncio.run(scheduler_client().close())
             stop_service(SCHEDULER)
             with contextlib.suppress(Exception):  # a broken Serve must not keep us from sealing
                 serve.delete(GATEWAY)

@@ -21,18 +21,19 @@ order, those that have GPUs with ``book``, those that wait with ``book_any``.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import msgspec
 
 GPU_MILLI = 1000
-# The end of open-ended bookings, and what lies before all times.
-FOREVER = 2**63 - 1
+FOREVER = 2**63 - 1  # the end of open-ended bookings
 _PAST = -FOREVER
+_Thing = TypeVar("_Thing")
 
 
 class Oversubscribed(Exception):
-    """It does not fit on this GPU (None: on any of the node); ``at`` is the first such instant.
+    """No room on this GPU (None: on any of the node), first at this instant.
 
     It lies before the booking's start if the GPU is needed then by those that wait.
     """
@@ -58,10 +59,7 @@ class Booking(msgspec.Struct, frozen=True):
 
 
 class _Profile:
-    """A step function of time: ``values[i]`` from ``times[i]`` on. Neighbours differ.
-
-    It ends at 0, so ``times[-1]`` is where the last booking in it ends.
-    """
+    """A step function of time: ``values[i]`` from ``times[i]`` on; the last step is down to 0."""
 
     def __init__(self) -> None:
         self.times = [_PAST]
@@ -118,8 +116,7 @@ class _Node:
         """When and where (None: on all GPUs) it lacks something from start on; None if it fits."""
         limit, end = GPU_MILLI - booking.gpu_milli, booking.end
         for index in booking.gpu_indices:
-            at = self.gpus[index].first_above(limit, start, end)
-            if at is not None:
+            if (at := self.gpus[index].first_above(limit, start, end)) is not None:
                 return at, index
         if booking.gpu_indices:
             return self.overclaimed(booking.gpu_indices, end)
@@ -133,10 +130,9 @@ class _Node:
             gpu = self.gpus[index]
             claimed_until = gpu.times[-1]
             gpu.add(milli, start, end)
-            if gpu.times[-1] > claimed_until:
-                self.claims.add(1, claimed_until, gpu.times[-1])
-            elif gpu.times[-1] < claimed_until:
-                self.claims.add(-1, gpu.times[-1], claimed_until)
+            low, high = sorted((claimed_until, gpu.times[-1]))
+            if low < high:
+                self.claims.add(sign, low, high)
         if not booking.gpu_indices:
             self.claims.add(sign, start, end)
         self.load.add(milli * (len(booking.gpu_indices) or 1), start, end)
@@ -146,8 +142,7 @@ class _Node:
         lasts = sorted([(self.gpus[index].times[-1], index) for index in indices])
         breaks = []
         for rank, (last, index) in enumerate(lasts, 1):
-            at = self.claims.first_above(len(self.gpus) - rank, last, end)
-            if at is not None:
+            if (at := self.claims.first_above(len(self.gpus) - rank, last, end)) is not None:
                 breaks.append((at, index))
         return min(breaks, default=None)
 
@@ -166,7 +161,6 @@ class _Node:
         return taken
 
     def pick(self, count: int, milli: int, start: int, end: int) -> tuple[int, ...] | None:
-        """See ``Calendar.pick``."""
         options = []
         for index, gpu in enumerate(self.gpus):
             free = GPU_MILLI - gpu.highest(start, end)
@@ -185,9 +179,8 @@ class _Node:
         """Whether ``book_any`` of a whole GPU, else ``book`` on what is picked, goes through."""
         if self.load.highest(start, end) + count * milli > GPU_MILLI * len(self.gpus):
             return False
-        if count == 1 and milli == GPU_MILLI and self.may_wait(start, end):
-            return True
-        return self.pick(count, milli, start, end) is not None
+        waits = count == 1 and milli == GPU_MILLI and self.may_wait(start, end)
+        return waits or self.pick(count, milli, start, end) is not None
 
 
 class Calendar:
@@ -214,7 +207,7 @@ class Calendar:
 
     def remove_node(self, node_id: str) -> None:
         """Forget a node. Raises ValueError while bookings reach into it."""
-        if bookings := self._node(node_id).bookings:
+        if bookings := _known(self._nodes, node_id).bookings:
             raise ValueError(f"{node_id} has bookings, such as {min(bookings)}")
         del self._nodes[node_id]
 
@@ -228,8 +221,7 @@ class Calendar:
         end: int | None,
     ) -> None:
         """Fix ``gpu_milli`` on each of these GPUs. Raises Oversubscribed and changes nothing."""
-        self._with_gpus(node_id, gpu_indices)
-        stop = _stop(start, end, len(gpu_indices), gpu_milli)
+        stop = self._exact(node_id, gpu_indices, gpu_milli, start, end)
         self._put(Booking(booking_id, node_id, gpu_indices, gpu_milli, start, stop), start)
 
     def book_any(self, booking_id: str, node_id: str, start: int, end: int | None) -> int | None:
@@ -238,7 +230,7 @@ class Calendar:
         If the rule lets nobody wait, but a GPU is free in a gap before what is fixed on it, that
         one is fixed at once and returned. Raises Oversubscribed and changes nothing.
         """
-        node, stop = self._node(node_id), _stop(start, end)
+        node, stop = _known(self._nodes, node_id), _stop(start, end)
         early = None if node.may_wait(start, stop) else node.pick(1, GPU_MILLI, start, stop)
         self._put(Booking(booking_id, node_id, early or (), GPU_MILLI, start, stop), start)
         return early[0] if early else None
@@ -249,7 +241,7 @@ class Calendar:
         The same (or first) again if it has one. Raises ValueError if one that started before
         waits and needs the GPU: bind in the order of starts.
         """
-        booking = self._known(booking_id)
+        booking = _known(self._bookings, booking_id)
         if booking.gpu_indices:
             return booking.gpu_indices[0]
         node, start, end = self._nodes[booking.node_id], self._since(booking.start), booking.end
@@ -264,7 +256,7 @@ class Calendar:
 
     def extend(self, booking_id: str, end: int | None) -> None:
         """Let it end later, where it is. Raises Oversubscribed and changes nothing."""
-        booking = self._known(booking_id)
+        booking = _known(self._bookings, booking_id)
         stop = _stop(booking.start, end)
         if stop < booking.end:
             raise ValueError(f"{booking_id} ends at {booking.end}: cut makes it shorter")
@@ -273,7 +265,7 @@ class Calendar:
 
     def cut(self, booking_id: str, at: int) -> None:
         """Leave nothing of it from ``at`` on: released early, or cancelled if not started then."""
-        booking = self._known(booking_id)
+        booking = _known(self._bookings, booking_id)
         if at < booking.end:
             start = self._since(max(at, booking.start))
             self._nodes[booking.node_id].add(-1, booking, start, booking.end)
@@ -294,7 +286,7 @@ class Calendar:
         GPUs needed for bookings that wait show 0: if only some can be had, those with most room
         can, among equals the lowest indices.
         """
-        node, stop = self._node(node_id), _stop(start, end)
+        node, stop = _known(self._nodes, node_id), _stop(start, end)
         free = [GPU_MILLI - gpu.highest(start, stop) for gpu in node.gpus]
         some = sorted((i for i, milli in enumerate(free) if milli), key=lambda i: (-free[i], i))
         had = node.together(some, stop, len(some))
@@ -302,28 +294,25 @@ class Calendar:
 
     def any_room(self, node_id: str, start: int, end: int | None) -> bool:
         """Whether ``book_any`` would go through."""
-        return self._node(node_id).fits(1, GPU_MILLI, start, _stop(start, end))
+        return _known(self._nodes, node_id).fits(1, GPU_MILLI, start, _stop(start, end))
 
     def pick(
         self, node_id: str, gpu_count: int, gpu_milli: int, start: int, end: int | None
     ) -> tuple[int, ...] | None:
         """GPUs that ``book`` can have, lowest first; None if there are not so many.
 
-        Those with the least room, then those claimed longest, then of the lowest indices: what
-        is left stays whole.
+        Those with the least room come first, then those claimed longest: what is left is whole.
         """
         stop = _stop(start, end, gpu_count, gpu_milli)
-        return self._node(node_id).pick(gpu_count, gpu_milli, start, stop)
+        return _known(self._nodes, node_id).pick(gpu_count, gpu_milli, start, stop)
 
     def earliest(
         self, node_id: str, gpu_count: int, gpu_milli: int, duration: int, after: int
     ) -> int | None:
-        """The first start, not before ``after``, at which it fits; None if it never does.
-
-        Only ends of bookings are tried: room grows nowhere else. See ``best_node`` for whole GPUs.
-        """
-        node = self._node(node_id)
-        ends = {booking.end for booking in node.bookings.values() if after < booking.end < FOREVER}
+        """The first start from ``after`` on at which it fits (see ``best_node``), None if never."""
+        node = _known(self._nodes, node_id)
+        ends = {b.end for b in node.bookings.values() if after < b.end < FOREVER}
+        # Room grows nowhere but where a booking ends.
         for start in (after, *sorted(ends)):
             stop = _stop(start, start + duration, gpu_count, gpu_milli)
             if node.fits(gpu_count, gpu_milli, start, stop):
@@ -342,16 +331,15 @@ class Calendar:
         stop, need = _stop(start, end, gpu_count, gpu_milli), gpu_count * gpu_milli
         ranked = []
         for node_id in node_ids:
-            node = self._node(node_id)
+            node = _known(self._nodes, node_id)
             times = node.load.times
             first = bisect_right(times, start) - 1
             # Most nodes of a full cluster are refused here, by their load at the start alone.
             if node.load.values[first] + need > GPU_MILLI * len(node.gpus):
                 continue
             after = bisect_left(times, stop, first)
-            waste = start - times[first] if first else 0
-            if after < len(times):
-                waste += times[after] - stop
+            before = start - times[first] if first else 0
+            waste = before + times[after] - stop if after < len(times) else before
             ranked.append((not node.bookings, waste, node_id))
         for _, _, node_id in sorted(ranked):
             if self._nodes[node_id].fits(gpu_count, gpu_milli, start, stop):
@@ -362,8 +350,8 @@ class Calendar:
         self, node_id: str, gpu_indices: Sequence[int], gpu_milli: int, start: int, end: int | None
     ) -> tuple[str, ...]:
         """Ids of the bookings in the way of ``book``, in the order in which they were made."""
-        node = self._with_gpus(node_id, gpu_indices)
-        stop = _stop(start, end, len(gpu_indices), gpu_milli)
+        stop = self._exact(node_id, gpu_indices, gpu_milli, start, end)
+        node = self._nodes[node_id]
         broken = node.overclaimed(gpu_indices, stop)
         needed_at = max(broken[0], self._expired) if broken else _PAST
         found = []
@@ -375,21 +363,13 @@ class Calendar:
                 found.append(booking.booking_id)
         return tuple(found)
 
-    def _node(self, node_id: str) -> _Node:
-        if node_id not in self._nodes:
-            raise ValueError(f"unknown node: {node_id}")
-        return self._nodes[node_id]
-
-    def _known(self, booking_id: str) -> Booking:
-        if booking_id not in self._bookings:
-            raise ValueError(f"unknown booking: {booking_id}")
-        return self._bookings[booking_id]
-
-    def _with_gpus(self, node_id: str, gpu_indices: Sequence[int]) -> _Node:
-        node = self._node(node_id)
-        if len({*gpu_indices} & {*range(len(node.gpus))}) < len(gpu_indices):
-            raise ValueError(f"not GPUs of {node_id}: {gpu_indices}")
-        return node
+    def _exact(
+        self, node_id: str, gpu_indices: Sequence[int], gpu_milli: int, start: int, end: int | None
+    ) -> int:
+        there = range(len(_known(self._nodes, node_id).gpus))
+        if len({*gpu_indices} & {*there}) < len(gpu_indices):
+            raise ValueError(f"{node_id} has not the GPUs {gpu_indices}")
+        return _stop(start, end, len(gpu_indices), gpu_milli)
 
     def _since(self, start: int) -> int:
         return start if start > self._expired else _PAST
@@ -414,6 +394,11 @@ class Calendar:
 def _stop(start: int, end: int | None, gpu_count: int = 1, gpu_milli: int = GPU_MILLI) -> int:
     stop = FOREVER if end is None else end
     if not _PAST < start < stop <= FOREVER or gpu_count < 1 or not 1 <= gpu_milli <= GPU_MILLI:
-        what = f"{gpu_milli} milli of {gpu_count} GPUs from {start} to {end}"
-        raise ValueError(f"nothing can be booked as {what}")
+        raise ValueError(f"no booking: {gpu_milli} milli of {gpu_count} GPUs, {start} to {end}")
     return stop
+
+
+def _known(things: Mapping[str, _Thing], thing_id: str) -> _Thing:
+    if thing_id not in things:
+        raise ValueError(f"unknown: {thing_id}")
+    return things[thing_id]

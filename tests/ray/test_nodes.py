@@ -5,7 +5,7 @@ import signal
 import psutil
 import pytest
 
-from market.cluster import node
+from market.cluster import node, supervisor
 from market.errors import Conflict, InvalidKey, InvalidRequest, MarketError
 from tests.ray.conftest import SECRETS, TOKEN, Provider, alive, wait_until
 
@@ -55,9 +55,10 @@ def test_shares_of_one_gpu_never_exceed_it(machine):
 
 
 def start_engine(machine, node_id, replica_id):
-    marked = {"MARKET_REPLICA": replica_id}
-    machine.driver.do("hold", name=replica_id, node_id=node_id, resources={}, environment=marked)
-    return machine.driver.do("start_engine", name=replica_id)
+    """A replica with two processes below it, one of them re-parented and deaf to SIGTERM."""
+    name, marked = f"{replica_id} on {node_id}", {"MARKET_REPLICA": replica_id}
+    machine.driver.do("hold", name=name, node_id=node_id, resources={}, environment=marked)
+    return machine.driver.do("start_engine", name=name)
 
 
 def test_agent_sees_and_ends_whole_process_trees(machine):
@@ -98,9 +99,13 @@ def test_refused_join_says_why_and_starts_nothing(machine):
         stranger.join(f"{TOKEN}-c")
     assert len(machine.asked) == asked, "a token was spent on facts that nobody can use"
     with pytest.raises(MarketError, match="no market answers"):
-        Provider(
-            type("Nobody", (), {"folder": machine.folder, "url": "http://127.0.0.1:1"}), "c"
-        ).join("t")
+        supervisor.begin_join(
+            stranger.state_dir,
+            stranger.logs_dir,
+            f"http://127.0.0.1:{node.free_port()}",
+            f"{TOKEN}-c",
+            stranger.facts | {"gpus": []},
+        )
     assert stranger.leave() is False
 
 
@@ -132,10 +137,10 @@ def test_nodes_follow_an_operator_that_comes_back_elsewhere(machine, providers):
 
 
 def test_node_that_is_no_longer_wanted_stops_trying(machine, providers):
-    supervisor = providers[1].supervisor()
+    process = providers[1].supervisor()
     key = machine.keys.pop("b")
     providers[1].raylet().send_signal(signal.SIGKILL)
-    wait_until(lambda: not alive(supervisor.pid), "the end of the supervisor")
+    wait_until(lambda: not alive(process.pid), "the end of the supervisor")
     assert not providers[1].processes()
     assert "node b shows no good key" in (providers[1].logs_dir / "supervisor.log").read_text()
     with pytest.raises(InvalidKey, match="node b shows no good key"):
