@@ -1,4 +1,4 @@
-"""Where ports meet Ray, SQL and files: builds the services and brings a market up and down.
+"""Brings a market up on this machine, and down.
 
 Ray reads its authentication settings when it is imported: call ``node.enter_environment`` before
 importing this module in a process that is not one of the cluster's own.
@@ -9,7 +9,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import httpx
 import ray
@@ -19,17 +18,13 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from market import catalog, pricing
 from market.clock import SystemClock
 from market.cluster import hardware, node
-from market.cluster.actors import proxy, start_service, stop_service
-from market.cluster.serve import ServeCluster, import_builder, run_application
+from market.cluster.actors import start_service, stop_service
+from market.cluster.serve import import_builder, run_application
 from market.config import Config
 from market.errors import InvalidRequest, MarketError, MarketFault
-from market.ledger.producer import send
-from market.ledger.service import Ledger
-from market.scheduler.service import Scheduler
+from market.services import LEDGER, SCHEDULER, ledger_client, scheduler_client
 from market.types import CURRENCY, Offer, Principal, Role
 
-LEDGER = "ledger"
-SCHEDULER = "scheduler"
 GATEWAY = "gateway"
 GATEWAY_APP = "serve_apps.gateway:build_app"
 LOCAL = "local"
@@ -38,28 +33,6 @@ READY_TIMEOUT_S = 120
 LOGICAL_CPUS_MIN = 8
 
 Report = Callable[[str], None]
-
-
-def make_ledger(config: Config) -> Ledger:
-    """The ledger service as its actor runs it."""
-    return Ledger(config, SystemClock())
-
-
-def make_scheduler(config: Config) -> Scheduler:
-    """The scheduler service as its actor runs it."""
-    ledger = ledger_client()
-    cluster = ServeCluster(config)
-    return Scheduler(config, SystemClock(), ledger, cluster, partial(send, ledger))
-
-
-def ledger_client() -> Ledger:
-    """The ledger of the running market, from any process of the cluster."""
-    return proxy(Ledger, LEDGER)
-
-
-def scheduler_client() -> Scheduler:
-    """The scheduler of the running market, from any process of the cluster."""
-    return proxy(Scheduler, SCHEDULER)
 
 
 def up(config: Config, operator_key_hash: str, operator_key_id: str, report: Report) -> None:
@@ -78,14 +51,14 @@ def up(config: Config, operator_key_hash: str, operator_key_id: str, report: Rep
         head = node.start_head(config.state_dir, config.logs_dir, cpus, len(hardware.gpus()))
     with _connected(head):
         report("opening the ledger")
-        start_service(LEDGER, "market.bootstrap:make_ledger", config)
+        start_service(LEDGER, "market.services:make_ledger", config)
         operator = Principal(operator_key_id, Role.OPERATOR, "operator")
         asyncio.run(_register(operator, operator_key_hash))
         report("starting the gateway")
         # Before the scheduler, which would start Serve with other options to bring models back.
         options = HTTPOptions(host=config.http_host, port=config.http_port)
         serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options)
-        start_service(SCHEDULER, "market.bootstrap:make_scheduler", config)
+        start_service(SCHEDULER, "market.services:make_scheduler", config)
         asyncio.run(scheduler_client().offer(local_offer(config)))
         app = import_builder(GATEWAY_APP)(config)
         if GATEWAY not in serve.status().applications:

@@ -21,8 +21,8 @@ order, those that have GPUs with ``book``, those that wait with ``book_any``.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import NoReturn, TypeVar
 
 import msgspec
 
@@ -33,10 +33,7 @@ _Thing = TypeVar("_Thing")
 
 
 class Oversubscribed(Exception):
-    """No room on this GPU (None: on any of the node), first at this instant.
-
-    It lies before the booking's start if the GPU is needed then by those that wait.
-    """
+    """No room on this GPU (None: on any), first ``at``; before the start if others wait for it."""
 
     def __init__(self, node_id: str, gpu: int | None, at: int) -> None:
         super().__init__(node_id, gpu, at)
@@ -123,9 +120,9 @@ class _Node:
         at = self.claims.first_above(len(self.gpus) - 1, start, end)
         return None if at is None else (at, None)
 
-    def add(self, sign: int, booking: Booking, start: int, end: int) -> None:
-        """Add (1) or take away (-1) what the booking needs in [start, end)."""
-        milli = sign * booking.gpu_milli
+    def add(self, sign: int, booking: Booking, start: int) -> None:
+        """Add (1) or take away (-1) what the booking needs from start to its end."""
+        milli, end = sign * booking.gpu_milli, booking.end
         for index in booking.gpu_indices:
             gpu = self.gpus[index]
             claimed_until = gpu.times[-1]
@@ -139,9 +136,9 @@ class _Node:
 
     def overclaimed(self, indices: Sequence[int], end: int) -> tuple[int, int] | None:
         """When and on which GPU the rule first breaks if all of these are claimed until end."""
-        lasts = sorted([(self.gpus[index].times[-1], index) for index in indices])
+        lasts = [(last, index) for index in indices if (last := self.gpus[index].times[-1]) < end]
         breaks = []
-        for rank, (last, index) in enumerate(lasts, 1):
+        for rank, (last, index) in enumerate(sorted(lasts), 1):
             if (at := self.claims.first_above(len(self.gpus) - rank, last, end)) is not None:
                 breaks.append((at, index))
         return min(breaks, default=None)
@@ -149,8 +146,7 @@ class _Node:
     def together(self, indices: Sequence[int], end: int, count: int) -> Sequence[int]:
         """The first ``count`` of the GPUs that may all be claimed until end.
 
-        The rule limits how many there may be of each of a chain of sets, which makes a matroid:
-        taking each that still can be taken ends with as many as possible.
+        As many as can be: the rule limits members of a chain of sets, a matroid, so greed is best.
         """
         if not self.overclaimed(indices[:count], end):
             return indices[:count]
@@ -183,16 +179,21 @@ class _Node:
         return waits or self.pick(count, milli, start, end) is not None
 
 
+class _Known(dict[str, _Thing]):
+    def __missing__(self, key: str) -> NoReturn:
+        raise ValueError(f"unknown: {key}")
+
+
 class Calendar:
     """What is booked on the nodes it is told of, until cut or expired. ``end=None``: open-ended.
 
     Times before the last ``expire`` are as that instant. All methods raise ValueError for a node
-    or booking they do not know and for what makes no sense (no time, more than a GPU ...).
+    or booking they do not know and for what is no booking (ends before it starts, or is past ...).
     """
 
     def __init__(self) -> None:
-        self._nodes: dict[str, _Node] = {}
-        self._bookings: dict[str, Booking] = {}
+        self._nodes: _Known[_Node] = _Known()
+        self._bookings: _Known[Booking] = _Known()
         self._expired = _PAST
 
     def set_node(self, node_id: str, gpu_count: int) -> None:
@@ -207,8 +208,8 @@ class Calendar:
 
     def remove_node(self, node_id: str) -> None:
         """Forget a node. Raises ValueError while bookings reach into it."""
-        if bookings := _known(self._nodes, node_id).bookings:
-            raise ValueError(f"{node_id} has bookings, such as {min(bookings)}")
+        if self._nodes[node_id].bookings:
+            raise ValueError(f"{node_id} has bookings")
         del self._nodes[node_id]
 
     def book(
@@ -225,39 +226,38 @@ class Calendar:
         self._put(Booking(booking_id, node_id, gpu_indices, gpu_milli, start, stop), start)
 
     def book_any(self, booking_id: str, node_id: str, start: int, end: int | None) -> int | None:
-        """Promise one whole GPU of the node; None is returned, and ``bind`` decides which it is.
+        """Promise one whole GPU; which is decided by ``bind``. Raises Oversubscribed like ``book``.
 
         If the rule lets nobody wait, but a GPU is free in a gap before what is fixed on it, that
-        one is fixed at once and returned. Raises Oversubscribed and changes nothing.
+        one is fixed at once and returned.
         """
-        node, stop = _known(self._nodes, node_id), _stop(start, end)
+        node, stop = self._nodes[node_id], self._stop(start, end)
         early = None if node.may_wait(start, stop) else node.pick(1, GPU_MILLI, start, stop)
         self._put(Booking(booking_id, node_id, early or (), GPU_MILLI, start, stop), start)
         return early[0] if early else None
 
     def bind(self, booking_id: str) -> int:
-        """Fix the GPU of a booking that waits, at its start: the lowest index of the free ones.
+        """Fix the GPU of a booking that waits, at its start: the lowest free one. Or say it again.
 
-        The same (or first) again if it has one. Raises ValueError if one that started before
-        waits and needs the GPU: bind in the order of starts.
+        Raises ValueError if one that started before needs the GPU: bind in the order of starts.
         """
-        booking = _known(self._bookings, booking_id)
+        booking = self._bookings[booking_id]
         if booking.gpu_indices:
             return booking.gpu_indices[0]
-        node, start, end = self._nodes[booking.node_id], self._since(booking.start), booking.end
+        node, start = self._nodes[booking.node_id], self._since(booking.start)
         for index, gpu in enumerate(node.gpus):
             if gpu.times[-1] <= start and not node.overclaimed([index], start):
                 bound = msgspec.structs.replace(booking, gpu_indices=(index,))
-                node.add(-1, booking, start, end)
-                node.add(1, bound, start, end)
+                node.add(-1, booking, start)
+                node.add(1, bound, start)
                 self._keep(bound)
                 return index
         raise ValueError(f"one that started before {booking_id} waits on {booking.node_id}")
 
     def extend(self, booking_id: str, end: int | None) -> None:
         """Let it end later, where it is. Raises Oversubscribed and changes nothing."""
-        booking = _known(self._bookings, booking_id)
-        stop = _stop(booking.start, end)
+        booking = self._bookings[booking_id]
+        stop = self._stop(booking.start, end)
         if stop < booking.end:
             raise ValueError(f"{booking_id} ends at {booking.end}: cut makes it shorter")
         if stop > booking.end:
@@ -265,10 +265,10 @@ class Calendar:
 
     def cut(self, booking_id: str, at: int) -> None:
         """Leave nothing of it from ``at`` on: released early, or cancelled if not started then."""
-        booking = _known(self._bookings, booking_id)
+        booking = self._bookings[booking_id]
         if at < booking.end:
             start = self._since(max(at, booking.start))
-            self._nodes[booking.node_id].add(-1, booking, start, booking.end)
+            self._nodes[booking.node_id].add(-1, booking, start)
             self._keep(msgspec.structs.replace(booking, end=at))
 
     def expire(self, now: int) -> None:
@@ -286,7 +286,7 @@ class Calendar:
         GPUs needed for bookings that wait show 0: if only some can be had, those with most room
         can, among equals the lowest indices.
         """
-        node, stop = _known(self._nodes, node_id), _stop(start, end)
+        node, stop = self._nodes[node_id], self._stop(start, end)
         free = [GPU_MILLI - gpu.highest(start, stop) for gpu in node.gpus]
         some = sorted((i for i, milli in enumerate(free) if milli), key=lambda i: (-free[i], i))
         had = node.together(some, stop, len(some))
@@ -294,7 +294,7 @@ class Calendar:
 
     def any_room(self, node_id: str, start: int, end: int | None) -> bool:
         """Whether ``book_any`` would go through."""
-        return _known(self._nodes, node_id).fits(1, GPU_MILLI, start, _stop(start, end))
+        return self._nodes[node_id].fits(1, GPU_MILLI, start, self._stop(start, end))
 
     def pick(
         self, node_id: str, gpu_count: int, gpu_milli: int, start: int, end: int | None
@@ -303,19 +303,19 @@ class Calendar:
 
         Those with the least room come first, then those claimed longest: what is left is whole.
         """
-        stop = _stop(start, end, gpu_count, gpu_milli)
-        return _known(self._nodes, node_id).pick(gpu_count, gpu_milli, start, stop)
+        stop = self._stop(start, end, gpu_count, gpu_milli)
+        return self._nodes[node_id].pick(gpu_count, gpu_milli, start, stop)
 
     def earliest(
         self, node_id: str, gpu_count: int, gpu_milli: int, duration: int, after: int
     ) -> int | None:
         """The first start from ``after`` on at which it fits (see ``best_node``), None if never."""
-        node = _known(self._nodes, node_id)
-        ends = {b.end for b in node.bookings.values() if after < b.end < FOREVER}
+        self._stop(after, after + duration, gpu_count, gpu_milli)
+        node = self._nodes[node_id]
         # Room grows nowhere but where a booking ends.
+        ends = {b.end for b in node.bookings.values() if after < b.end < FOREVER - duration}
         for start in (after, *sorted(ends)):
-            stop = _stop(start, start + duration, gpu_count, gpu_milli)
-            if node.fits(gpu_count, gpu_milli, start, stop):
+            if node.fits(gpu_count, gpu_milli, start, start + duration):
                 return start
         return None
 
@@ -328,21 +328,21 @@ class Calendar:
         Wasted is the time since the node's load last changed and until it next does. Nodes with
         bookings come before empty ones, ties end on node ids.
         """
-        stop, need = _stop(start, end, gpu_count, gpu_milli), gpu_count * gpu_milli
-        ranked = []
+        stop, need = self._stop(start, end, gpu_count, gpu_milli), gpu_count * gpu_milli
+        nodes, ranked = self._nodes, []
         for node_id in node_ids:
-            node = _known(self._nodes, node_id)
+            node = nodes[node_id]
             times = node.load.times
             first = bisect_right(times, start) - 1
             # Most nodes of a full cluster are refused here, by their load at the start alone.
-            if node.load.values[first] + need > GPU_MILLI * len(node.gpus):
-                continue
-            after = bisect_left(times, stop, first)
-            before = start - times[first] if first else 0
-            waste = before + times[after] - stop if after < len(times) else before
-            ranked.append((not node.bookings, waste, node_id))
-        for _, _, node_id in sorted(ranked):
-            if self._nodes[node_id].fits(gpu_count, gpu_milli, start, stop):
+            if node.load.values[first] + need <= GPU_MILLI * len(node.gpus):
+                after = bisect_left(times, stop, first)
+                waste = start - times[first] if first else 0
+                if after < len(times) and times[after] < FOREVER:
+                    waste += times[after] - stop
+                ranked.append((waste if len(times) > 1 else FOREVER, node_id))
+        for _, node_id in sorted(ranked):
+            if nodes[node_id].fits(gpu_count, gpu_milli, start, stop):
                 return node_id
         return None
 
@@ -366,10 +366,17 @@ class Calendar:
     def _exact(
         self, node_id: str, gpu_indices: Sequence[int], gpu_milli: int, start: int, end: int | None
     ) -> int:
-        there = range(len(_known(self._nodes, node_id).gpus))
+        there = range(len(self._nodes[node_id].gpus))
         if len({*gpu_indices} & {*there}) < len(gpu_indices):
             raise ValueError(f"{node_id} has not the GPUs {gpu_indices}")
-        return _stop(start, end, len(gpu_indices), gpu_milli)
+        return self._stop(start, end, len(gpu_indices), gpu_milli)
+
+    def _stop(self, start: int, end: int | None, count: int = 1, milli: int = GPU_MILLI) -> int:
+        stop = FOREVER if end is None else end
+        known = start > _PAST and max(start, self._expired) < stop <= FOREVER
+        if not known or count < 1 or not 1 <= milli <= GPU_MILLI:
+            raise ValueError(f"no booking: {milli} milli of {count} GPUs from {start} to {end}")
+        return stop
 
     def _since(self, start: int) -> int:
         return start if start > self._expired else _PAST
@@ -380,25 +387,12 @@ class Calendar:
         node, start = self._nodes[booking.node_id], self._since(since)
         if blocked := node.blocked(booking, start):
             raise Oversubscribed(booking.node_id, blocked[1], max(blocked[0], self._expired))
-        node.add(1, booking, start, booking.end)
+        node.add(1, booking, start)
         self._keep(booking)
 
     def _keep(self, booking: Booking) -> None:
         bookings = self._nodes[booking.node_id].bookings
-        if booking.start < booking.end:
+        if max(booking.start, self._expired) < booking.end:
             self._bookings[booking.booking_id] = bookings[booking.booking_id] = booking
         else:
             del self._bookings[booking.booking_id], bookings[booking.booking_id]
-
-
-def _stop(start: int, end: int | None, gpu_count: int = 1, gpu_milli: int = GPU_MILLI) -> int:
-    stop = FOREVER if end is None else end
-    if not _PAST < start < stop <= FOREVER or gpu_count < 1 or not 1 <= gpu_milli <= GPU_MILLI:
-        raise ValueError(f"no booking: {gpu_milli} milli of {gpu_count} GPUs, {start} to {end}")
-    return stop
-
-
-def _known(things: Mapping[str, _Thing], thing_id: str) -> _Thing:
-    if thing_id not in things:
-        raise ValueError(f"unknown: {thing_id}")
-    return things[thing_id]

@@ -231,6 +231,7 @@ class Packer:
         self._queues: dict[ShareRequest, _Queue] = {}
         for node in self._rooms.values():
             self._enter(node)
+        self._changes.clear()
 
     def _enter(self, node: NodeRoom) -> None:
         self._rooms[node.node_id] = node

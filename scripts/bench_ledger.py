@@ -510,18 +510,19 @@ def _connect(config: Config, barrier: Any) -> None:
     node.enter_environment(config.state_dir)
     import ray
 
-    from market import bootstrap
+    from market.cluster.actors import start_service
+    from market.services import LEDGER
 
     head = node.load_head(config.state_dir)
     assert head is not None
     ray.init(head.address, namespace=node.NAMESPACE, log_to_driver=False, logging_level="ERROR")
-    bootstrap.start_service(bootstrap.LEDGER, "market.bootstrap:make_ledger", config)
+    start_service(LEDGER, "market.services:make_ledger", config)
 
 
 def _run_client(work: Callable[..., Any], *arguments: Any) -> Any:
-    from market import bootstrap
+    from market import services
 
-    return asyncio.run(work(bootstrap.ledger_client(), *arguments))
+    return asyncio.run(work(services.ledger_client(), *arguments))
 
 
 async def everybody(_: Any) -> None:
@@ -536,9 +537,10 @@ async def publish(ledger: Any) -> None:
 
 async def end(_: Any) -> None:
     """End the actor; its head would wait for it."""
-    from market import bootstrap
+    from market.cluster.actors import stop_service
+    from market.services import LEDGER
 
-    bootstrap.stop_service(bootstrap.LEDGER)
+    stop_service(LEDGER)
 
 
 # -- metering --------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 import ray
 from ray import serve
 
-from market import bootstrap
+from market import services
 from market.clock import SystemClock
 from market.cluster.node import OPERATOR_NODES
 from market.config import Config
@@ -36,7 +36,7 @@ class Gateway:
     """One gateway replica: a producer of usage records with its own sequence."""
 
     async def __init__(self, config: Config) -> None:  # type: ignore[misc]  # Serve awaits it
-        ledger, scheduler = bootstrap.ledger_client(), bootstrap.scheduler_client()
+        ledger, scheduler = services.ledger_client(), services.scheduler_client()
         clock = SystemClock()
         self._producer = Producer(ledger, PRODUCER, config.spool_dir, config.usage_sync)
         await self._producer.start()

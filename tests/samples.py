@@ -1,10 +1,24 @@
 """Values that many tests need."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from market import pricing
 from market.accounts import CASH, Transfer, TransferKind, tenant_account
-from market.types import HoldRequest, Lane, Principal, RateCard, Role, Route
+from market.types import (
+    Gpu,
+    HoldRequest,
+    Lane,
+    Lease,
+    Offer,
+    Order,
+    Place,
+    Principal,
+    RateCard,
+    Replica,
+    ReplicaState,
+    Role,
+    Route,
+)
 
 NOON = datetime(2026, 11, 1, 12, 0, tzinfo=UTC)
 
@@ -60,3 +74,69 @@ def hold_request(hold_id: str = "req-gw0-1", **changes: object) -> HoldRequest:
         "started_at": NOON,
     }
     return HoldRequest(**(values | changes))  # type: ignore[arg-type]
+
+
+# 10^9 pico units per GPU-second: sums can be done in the head.
+GPU_HOUR_PICO = 3_600_000_000_000
+OFFER = Offer(
+    offer_id="server",
+    provider_id="local",
+    node_id="server",
+    gpu_type="a10",
+    gpus=(Gpu(0, "a10", 24_564), Gpu(1, "a10", 24_564)),
+    cpu_count=16,
+    memory_mib=64_000,
+    ask_pico=GPU_HOUR_PICO,
+    currency="USD",
+    priced_at=datetime(2026, 1, 1, tzinfo=UTC),
+)
+ORDER = Order(
+    order_id="order-1",
+    tenant_id="acme",
+    api_key_id="key-acme",
+    model="qwen-7b",
+    engine="vllm",
+    gpu_count=1,
+    gpu_milli=1000,
+    start=None,
+    term_s=86_400,
+    created_at=NOON,
+)
+REPLICA = Replica(
+    replica_id="lease-1-0",
+    deployment_id="lease-1",
+    place=Place("server", "server", (0,), 1000),
+    state=ReplicaState.WAITING,
+    reason="ordered",
+    created_at=NOON,
+)
+
+
+def lease(start: datetime = NOON, term_s: float = 86_400, **changes: object) -> Lease:
+    """A lease as the match makes it: nothing held, nothing metered."""
+    values: dict[str, object] = {
+        "lease_id": "lease-1",
+        "order_id": "order-1",
+        "tenant_id": "acme",
+        "api_key_id": "key-acme",
+        "model": "qwen-7b",
+        "engine": "vllm",
+        "offer_id": "server",
+        "provider_id": "local",
+        "node_id": "server",
+        "gpu_type": "a10",
+        "gpu_indices": (0,),
+        "gpu_count": 1,
+        "gpu_milli": 1000,
+        "price_id": pricing.gpu_rate_card("server", GPU_HOUR_PICO, OFFER.priced_at).price_id,
+        "gpu_hour_pico": GPU_HOUR_PICO,
+        "currency": "USD",
+        "start": start,
+        "end": start + timedelta(seconds=term_s),
+        "created_at": NOON,
+        "metered_until": start,
+        "hold_from": start,
+        "covered_until": start,
+        "reason": "booked",
+    }
+    return Lease(**(values | changes))  # type: ignore[arg-type]

@@ -1,8 +1,14 @@
 """``market up``, ``down`` and ``status``."""
 
+from datetime import UTC, datetime
+from typing import Any
+
 import typer
 
+from market.cli import bars, deployments, leases
 from market.cli.output import Output, OutputOption, note, show
+
+REFUSED_SHOWN = 5
 
 
 def register(app: typer.Typer) -> None:
@@ -49,36 +55,44 @@ def down(output: OutputOption = Output.TABLE) -> None:
 
 
 def status(output: OutputOption = Output.TABLE) -> None:
-    """Show offers, deployments and the ledger."""
+    """Show nodes and their GPUs, deployments, leases, the queue and the ledger."""
     from market.cli.api import request
 
     answer = request("GET", "/status")
     if output is Output.JSON:
         show(output, answer)
         return
-    for offer in answer["offers"]:
-        offer["gpus"] = len(offer["gpus"]) or "none"
-        offer["ask"] = f"{offer['ask']} {offer['currency']}/GPU-hour"
+    here = [offer for offer in answer["offers"] if offer["state"] != "left"]
+    for offer in here:
+        print("\n".join(bars.node_lines(offer)))
+    print(f"{bars.LEGEND}\n" if here else "no nodes; try: market join")
     show(
         output,
-        answer["offers"],
-        (
-            "offer_id",
-            "provider_id",
-            "node_id",
-            "gpu_type",
-            "gpus",
-            "cpu_count",
-            "memory_mib",
-            "ask",
-        ),
-    )
-    show(
-        output,
-        answer["deployments"],
-        ("model", "mode", "engine", "replicas", "state", "reason"),
+        [deployments.row(deployment) for deployment in answer["deployments"]],
+        deployments.COLUMNS,
         empty="no deployments; try: market deploy tiny-qwen --mode tokens",
     )
+    now = datetime.now(UTC)
+    show(
+        output,
+        [
+            leases.row(lease) | {"ends_in": bars.remaining(lease["end"], now)}
+            for lease in answer["leases"]
+        ],
+        ("lease", "tenant", "model", "place", "state", "ends_in", "charged", "credited", "reason"),
+        empty="no leases; try: market deploy tiny-qwen --mode lease --gpus 0.5 --term 1h",
+    )
+    leases.show_orders(output, _queue(answer["orders"]))
+    _show_ledger(answer)
+
+
+def _queue(orders: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Orders that wait, and the last ones that were refused."""
+    refused = [order for order in orders if order["state"] == "refused"]
+    return [order for order in orders if order["state"] == "waiting"] + refused[:REFUSED_SHOWN]
+
+
+def _show_ledger(answer: dict[str, Any]) -> None:
     ledger = answer["ledger"]
     print(f"ledger   {ledger['next_lsn'] - 1:,} records, {ledger['open_holds']} open holds")
     print(f"tenants  {answer['tenants']}")

@@ -9,8 +9,10 @@ from market.cli import (
     cluster,
     deployments,
     keys,
+    leases,
     ledger,
     models,
+    nodes,
     prices,
     providers,
     settlement,
@@ -28,8 +30,9 @@ app = typer.Typer(
     epilog="First steps: market up; market deploy tiny-qwen --mode tokens; market status",
 )
 
-for module in (cluster, deployments, usage, settlement, chat):
+for module in (cluster, nodes, deployments, usage, settlement, chat):
     module.register(app)
+app.add_typer(leases.app, name="leases")
 app.add_typer(models.app, name="models")
 app.add_typer(tenants.app, name="tenants")
 app.add_typer(keys.app, name="keys")

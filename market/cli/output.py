@@ -1,8 +1,9 @@
-"""Tables for people, JSON for programs; every command takes ``--output``."""
+"""Tables for people, JSON for programs; every command takes ``--output``. Questions, too."""
 
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -38,6 +39,38 @@ def show(
 def note(text: str) -> None:
     """Progress and hints go to standard error, so that output can be piped."""
     print(text, file=sys.stderr, flush=True)
+
+
+def confirm(question: str, yes: bool) -> None:
+    """Ask on the terminal before something that cannot be undone; ``yes`` was said already.
+
+    Raises InvalidRequest where there is nobody to ask, typer.Exit after a no.
+    """
+    from market.errors import InvalidRequest
+
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise InvalidRequest(f"{question} There is no terminal to ask on: say so with --yes")
+    if not typer.confirm(question, default=False, err=True):
+        note("market: nothing was changed")
+        raise typer.Exit(1)
+
+
+def check_time(text: str | None) -> str | None:
+    """An option that is a moment to come, as typer's callback. Raises typer.BadParameter.
+
+    Durations are refused: elsewhere 7d means seven days ago, and a machine that joins again must
+    say the same time again.
+    """
+    if text is not None:
+        try:
+            datetime.fromisoformat(text)
+        except ValueError:
+            raise typer.BadParameter(
+                f"{text!r} is no time; use 2026-11-01 or 2026-11-01T12:00:00Z (UTC)"
+            ) from None
+    return text
 
 
 def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from market.cli.output import Output, OutputOption, show
+from market.cli.output import Output, OutputOption, note, show
 
 app = typer.Typer(help="Providers, who sell GPUs.", no_args_is_help=True)
 
@@ -26,3 +26,20 @@ def list_providers(output: OutputOption = Output.TABLE) -> None:
     from market.cli.api import request
 
     show(output, request("GET", "/providers"), empty="no providers")
+
+
+@app.command(epilog="Example: market providers token gpu-farm")
+def token(
+    provider: Annotated[str, typer.Argument(help="Name of the provider.")],
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Make a token with which one machine of the provider can join within the hour."""
+    from market.cli.api import request
+    from market.config import Config
+
+    answer = request("POST", f"/providers/{provider}/join-tokens")
+    note(
+        f"market: on the provider's machine: market join {Config.from_env().url} "
+        f"--provider {provider} --ask PRICE --token TOKEN"
+    )
+    show(output, answer)

@@ -178,6 +178,7 @@ def start_worker(state_dir: Path, logs_dir: Path, facts: WorkerFacts) -> RayNode
     options = [
         *(f"--address={facts.ray_address}", f"--node-ip-address={node_ip(facts.ray_address)}"),
         *(f"--num-cpus={max(LOGICAL_CPUS_MIN, facts.cpu_count)}", "--num-gpus=0"),
+        "--include-log-monitor=false",  # nobody reads our replicas' logs from afar
         f"--labels={worker_labels(facts)}",
         f"--resources={json.dumps(slots(facts.node_id, facts.gpu_indices))}",
     ]

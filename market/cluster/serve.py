@@ -1,15 +1,15 @@
-"""Ray and Ray Serve as the cluster on which replicas run."""
+"""Ray and Ray Serve as the cluster on which replicas run.
+
+Ray Serve takes seconds to import: that happens at its first use, beside the caller's loop.
+"""
 
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-from ray import serve
-from ray.serve.context import _get_global_client
-from ray.serve.schema import ApplicationStatus
 
 from market.catalog import Model, find
 from market.cluster.agent import AgentClient, memory_is_free
@@ -19,10 +19,13 @@ from market.config import Config
 from market.errors import InvalidRequest
 from market.types import AppStatus, ClusterView, Deployment, Offer, Replica
 
+if TYPE_CHECKING:
+    from ray import serve
+
 MODEL_APP = "serve_apps.model:build_app"
 ENGINE_PACKAGES = {"transformers": "transformers", "vllm": "vllm"}
 END_PATIENCE_S = 10.0
-RUNNING = "RUNNING"
+RUNNING, DEPLOY_FAILED = "RUNNING", "DEPLOY_FAILED"
 
 
 class ServeCluster:
@@ -47,6 +50,8 @@ class ServeCluster:
 
     def look(self) -> ClusterView:
         """Nodes that live, by our own names, and applications with the replica that serves."""
+        from ray.serve.context import _get_global_client
+
         nodes = frozenset(
             node["Labels"][NODE_LABEL]
             for node in ray.nodes()
@@ -67,6 +72,8 @@ class ServeCluster:
 
     def remove(self, app_name: str) -> None:
         """Begin to drain and remove an application."""
+        from ray import serve
+
         serve.delete(app_name, _blocking=False)
 
     def residents(self, node_id: str) -> frozenset[str]:
@@ -89,15 +96,17 @@ class ServeCluster:
         self._agents.end(node_id, replica_id, END_PATIENCE_S)
 
 
-def import_builder(path: str) -> Callable[..., serve.Application]:
+def import_builder(path: str) -> "Callable[..., serve.Application]":
     """The function behind ``module:function``; Serve apps are above us, so known by name only."""
     module, _, name = path.partition(":")
-    builder: Callable[..., serve.Application] = getattr(importlib.import_module(module), name)
+    builder: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return builder
 
 
-def run_application(app: serve.Application, name: str, route_prefix: str | None) -> None:
+def run_application(app: "serve.Application", name: str, route_prefix: str | None) -> None:
     """Hand an application to Serve beside the others, without waiting for it."""
+    from ray import serve
+
     target = serve.RunTarget(target=app, name=name, route_prefix=route_prefix)
     serve.run_many([target], wait_for_applications_running=False)
 
@@ -113,7 +122,7 @@ def _status(app: Mapping[str, Any]) -> AppStatus:
     )
     return AppStatus(
         run=runs[0] if runs else None,
-        failed=app["status"] == ApplicationStatus.DEPLOY_FAILED,
+        failed=app["status"] == DEPLOY_FAILED,
         message=_reason(app),
     )
 

@@ -249,6 +249,8 @@ def _start(state_dir: Path, logs_dir: Path) -> RayNode:
     admission = _ask(member)
     if member.admitted(admission) != member:
         _save(state_dir, member.admitted(admission))
+    if _refuses(admission.ray_address):  # Ray itself would try for a minute
+        raise Overloaded(f"the operator's cluster at {admission.ray_address} does not listen")
     return nodes.start_worker(state_dir, logs_dir, worker_facts(admission, member.node))
 
 

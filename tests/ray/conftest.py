@@ -1,4 +1,4 @@
-"""An operator's head with a small HTTP server before it, and two provider nodes on this machine."""
+"""An operator's head with a small HTTP server before it, two provider nodes on this machine."""
 
 import json
 import shutil
@@ -96,13 +96,14 @@ class Driver:
 
 
 class Operator:
-    """Head, driver and the join endpoint; ``refusal`` is what the endpoint says instead."""
+    """Head, driver and the join endpoint; ``asked`` are the bodies that came."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.state_dir, self.logs_dir = folder / "operator", folder / "logs"
         self.asked: list[dict[str, Any]] = []
         self.keys: dict[str, str] = {}
+        self.is_up = False
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -110,9 +111,11 @@ class Operator:
 
     def start_head(self) -> None:
         self.head = node.start_head(self.state_dir, self.logs_dir, 8, 0)
+        self.is_up = True
         self.driver = Driver(self.state_dir, self.logs_dir / "driver.log")
 
     def stop_head(self) -> None:
+        self.is_up = False
         self.driver.close()
         node.stop_head(self.head, self.state_dir)
         shutil.rmtree(self.head.temp_dir, ignore_errors=True)
@@ -122,6 +125,8 @@ class Operator:
         return {found["node"]: found for found in self.driver.do("nodes") if found["alive"]}
 
     def admit(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if not self.is_up:
+            return 503, {"error": {"message": "the market is starting"}}
         name = body["node"]["name"]
         if "node_key" in body:
             known = self.keys.get(body["node_id"]) == body["node_key"]
@@ -172,18 +177,24 @@ class Provider:
             "cpu_count": 2,
         }
 
-    def join(self, token: str | None) -> str:
-        return supervisor.begin_join(
+    def join(self, token: str | None = None) -> str:
+        node_id = supervisor.begin_join(
             self.state_dir, self.logs_dir, self.operator.url, token, self.facts
         )
+        self.temp_dir = self.worker().temp_dir
+        return node_id
 
     def leave(self) -> bool:
         return supervisor.end_join(self.state_dir)
 
-    def raylet(self) -> psutil.Process:
+    def worker(self) -> node.RayNode:
         worker = node.load_worker(self.state_dir)
         assert worker is not None
-        (raylet,) = [c for c in psutil.Process(worker.pid).children() if c.name() == "raylet"]
+        return worker
+
+    def raylet(self) -> psutil.Process:
+        children = psutil.Process(self.worker().pid).children()
+        (raylet,) = [child for child in children if child.name() == "raylet"]
         return raylet
 
     def supervisor(self) -> psutil.Process:
@@ -218,15 +229,15 @@ def providers(operator: Operator) -> Iterator[tuple[Provider, Provider]]:
         yield pair
     finally:
         for provider in pair:
-            worker = node.load_worker(provider.state_dir)
             provider.leave()
             assert not provider.processes()
-            if worker is not None:
-                shutil.rmtree(worker.temp_dir, ignore_errors=True)
+            shutil.rmtree(getattr(provider, "temp_dir", ""), ignore_errors=True)
 
 
 @pytest.fixture
 def machine(operator: Operator, providers: tuple[Provider, Provider]) -> Operator:
-    """The cluster with both nodes in it."""
+    """The cluster with both nodes in it, whatever the test before has done to them."""
+    for provider in providers:
+        provider.join()
     wait_until(lambda: {"local", "a", "b"} <= operator.nodes().keys(), "both nodes being in")
     return operator

@@ -78,13 +78,13 @@ def test_agent_sees_and_ends_whole_process_trees(machine):
 
 def test_joining_again_is_harmless(machine, providers):
     before, worker = len(machine.asked), node.load_worker(providers[0].state_dir)
-    assert providers[0].join(None) == "a"
+    assert providers[0].join() == "a"
     assert node.load_worker(providers[0].state_dir) == worker
     assert len(machine.asked) == before
     other = Provider(machine, "a")
     other.facts["cpu_count"] = 64
     with pytest.raises(Conflict, match="other facts"):
-        other.join(None)
+        other.join()
 
 
 def test_refused_join_says_why_and_starts_nothing(machine):
@@ -92,7 +92,7 @@ def test_refused_join_says_why_and_starts_nothing(machine):
     with pytest.raises(InvalidKey, match="node c shows no good key"):
         stranger.join("stolen")
     with pytest.raises(InvalidRequest, match="a join token is needed"):
-        stranger.join(None)
+        stranger.join()
     stranger.facts["gpus"] = [{"index": 0}]
     asked = len(machine.asked)
     with pytest.raises(InvalidRequest, match="memory_mib"):
@@ -144,9 +144,9 @@ def test_node_that_is_no_longer_wanted_stops_trying(machine, providers):
     assert not providers[1].processes()
     assert "node b shows no good key" in (providers[1].logs_dir / "supervisor.log").read_text()
     with pytest.raises(InvalidKey, match="node b shows no good key"):
-        providers[1].join(None)
+        providers[1].join()
     machine.keys["b"] = key
-    assert providers[1].join(None) == "b"
+    assert providers[1].join() == "b"
 
 
 def test_leaving_ends_every_process(machine, providers):
@@ -157,4 +157,3 @@ def test_leaving_ends_every_process(machine, providers):
     assert not any(alive(process.pid) for process in family)
     assert providers[0].leave() is False
     wait_until(lambda: "a" not in machine.nodes(), "the end of node a", timeout_s=15)
-    assert providers[0].join(None) == "a"

@@ -308,15 +308,20 @@ class TestPacker:
         assert runs[0] == runs[1] == runs[2]
         assert None in runs[0]
 
-    @pytest.mark.parametrize("limit", ["CHANGES_MAX", "QUEUES_MAX"])
-    def test_forgetting_changes_no_choice(self, limit, monkeypatch):
+    @pytest.mark.parametrize(
+        ("limit", "kept"), [("CHANGES_MAX", "_changes"), ("QUEUES_MAX", "_queues")]
+    )
+    def test_forgets_beyond_a_limit_and_chooses_the_same(self, limit, kept, monkeypatch):
         requests = [share(100 * (number % 9 + 1)) for number in range(60)]
         classes = classes_of(requests)
 
         def placed():
             packer = Packer([node(f"n{number}", 1000, 1000) for number in range(8)], classes)
-            return [packer.place(request) for request in requests]
+            return [packer.place(request) for request in requests], len(getattr(packer, kept))
 
-        expected = placed()
-        monkeypatch.setattr(placement, limit, 2)
-        assert placed() == expected
+        expected, unlimited = placed()
+        monkeypatch.setattr(placement, limit, 4)
+        choices, limited = placed()
+        assert choices == expected
+        # Placing once more adds up to two changes, starting afresh one per state.
+        assert limited <= 4 + 2 < unlimited
