@@ -10,8 +10,8 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Protocol
 
+from market import crash, pricing
 from market import leases as rules
-from market import pricing
 from market.accounts import Hold, HoldResult, HoldState
 from market.errors import InsufficientBalance
 from market.leases import Event, HoldPlan, Segment, Sight
@@ -95,6 +95,9 @@ class Leasing:
         if lease.state is LeaseState.CLOSED:
             return
         event = rules.due(lease, now)
+        if event is Event.RUN_DRY and await self.hold_ahead(lease_id, now):
+            # The money is there: nobody asked in time, because scheduler or ledger was away.
+            lease, event = self._shelf.leases[lease_id], None
         if event is not None:
             await self.close(lease_id, event, now, sight, _REASONS[event])
             return
@@ -129,13 +132,17 @@ class Leasing:
                 replace(metered, run_replica=None, run_since=None), records(metered, segments)
             )
 
-    async def hold_ahead(self, lease_id: str, now: datetime) -> None:
-        """Hold money for the next hour when it is time, or for as long as the balance lasts."""
+    async def hold_ahead(self, lease_id: str, now: datetime) -> bool:
+        """Hold money for the next hour when it is time, or for as long as the balance lasts.
+
+        False if the balance is out.
+        """
         lease = self._shelf.leases[lease_id]
         plan = rules.next_hold(lease, now)
         if plan is None:
-            return
+            return True
         held, available_pico = await self._hold(lease, plan, minimum_pico=plan.minimum_pico)
+        granted = held is not None
         if held is None:
             need = pricing.format_money(plan.minimum_pico - available_pico)
             until = lease.covered_until + rules.GRACE
@@ -148,6 +155,7 @@ class Leasing:
             held = replace(held, reason="serving")
         if held != lease:
             await self._shelf.keep(held, ())
+        return granted
 
     async def end_finished(self, lease_id: str) -> None:
         """End holds that everything was charged against: what is left of them returns."""
@@ -157,6 +165,7 @@ class Leasing:
             if index is None or lease_id in self._shelf.unsent():
                 return
             await self._ledger.end_hold(PRODUCER, self._shelf.epoch, lease.hold_id(index))
+            crash.reach("lease-hold-ended")
             await self._shelf.keep(replace(lease, ended_index=index), ())
 
     async def end_strangers(self) -> None:
@@ -165,6 +174,7 @@ class Leasing:
             request = hold.request
             if request.producer == PRODUCER and not self._is_known(request.hold_id):
                 await self._ledger.end_hold(PRODUCER, self._shelf.epoch, request.hold_id)
+                crash.reach("stranger-ended")
 
     def _is_known(self, hold_id: str) -> bool:
         lease_id, _, _ = hold_id.rpartition("-hold-")
@@ -196,6 +206,7 @@ class Leasing:
                 shared=True,
             )
         )
+        crash.reach("lease-held")
         if result.hold is None or result.hold.state is not HoldState.PENDING:
             return None, result.available_pico
         return rules.with_hold(lease, plan, result.hold.amount_pico), result.available_pico

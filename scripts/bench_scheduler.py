@@ -289,7 +289,7 @@ def bookings(options: argparse.Namespace) -> None:
         if error.name != "bench_scheduler_bookings":
             raise
         raise SystemExit("scripts/bench_scheduler_bookings.py is not there") from error
-    leases, operations = (2_000, 10_000) if options.quick else (20_000, 100_000)
+    leases, operations = (2_000, 10_000) if options.quick else (20_000, 1_000_000)
     bench_scheduler_bookings.run(leases=leases, operations=operations, seed=FIRST_SEED)
 
 

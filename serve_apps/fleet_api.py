@@ -1,9 +1,10 @@
 """``/market/v1``: supply and demand of GPUs: offers, nodes, deployments, orders, leases."""
 
+import contextlib
 import re
 import uuid
 from dataclasses import asdict
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, Literal
 
@@ -12,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from market import catalog, leases, pricing
 from market.errors import InvalidRequest, PermissionDenied
-from market.ledger.reports import parse_when
 from market.scheduler.nodes import Proof
 from market.scheduler.orders import Quote
 from market.scheduler.service import deployment_state
@@ -303,7 +303,7 @@ def _order(body: NewOrder, services: Services, caller: Principal) -> Order:
         engine=body.engine or (ENGINE_ON_CPU if model.runs_on_cpu else ENGINE_ON_GPU),
         gpu_count=count,
         gpu_milli=milli,
-        start=None if body.start is None else parse_when(body.start, now, "start"),
+        start=None if body.start is None else parse_moment(body.start, now, "start"),
         term_s=parse_term(body.term),
         created_at=now,
         gpu_type=body.gpu_type,
@@ -339,11 +339,25 @@ def parse_term(text: str) -> int:
     return sum(int(number) * TERM_UNITS_S[unit] for number, unit in parts)
 
 
+def parse_moment(text: str, now: datetime, what: str) -> datetime:
+    """An ISO time with a zone (UTC if it has none), or a duration from now. InvalidRequest."""
+    with contextlib.suppress(InvalidRequest):
+        return now + timedelta(seconds=parse_term(text))
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise InvalidRequest(
+            f"{what}: {text!r} is no time such as 2026-12-01T08:00Z, nor a duration such as 2h",
+            param=what,
+        ) from None
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+
+
 def _offer_of(node: NodeFacts, services: Services) -> Offer:
     now = services.clock.now()
 
     def when(text: str | None, what: str) -> Any:
-        return None if text is None else parse_when(text, now, what)
+        return None if text is None else parse_moment(text, now, what)
 
     return Offer(
         offer_id=node.node_id,

@@ -106,11 +106,11 @@ def _widths(parts: Sequence[int], cells: int) -> list[int]:
     """Whole cells in proportion to parts of a GPU: the largest remainders are rounded up."""
     ideal = [part * cells / WHOLE_MILLI for part in parts]
     widths = [max(1, int(width)) if width else 0 for width in ideal]
-    places = range(len(widths))
+    numbers = range(len(widths))
     while sum(widths) > cells:
-        widths[max(places, key=widths.__getitem__)] -= 1
+        widths[max(numbers, key=widths.__getitem__)] -= 1
     while sum(widths) < cells:
-        widths[max(places, key=lambda place: ideal[place] - widths[place])] += 1
+        widths[max(numbers, key=lambda number: ideal[number] - widths[number])] += 1
     return widths
 
 
@@ -133,5 +133,5 @@ def _hardware(offer: Mapping[str, Any]) -> str:
     if not gpus:
         return f"no GPU, {offer['cpu_count']} CPUs, {offer['memory_mib'] // MIB_PER_GIB} GiB"
     memory = min(gpu["memory_mib"] for gpu in gpus) / MIB_PER_GIB
-    logical = " logical" if offer["logical"] else ""
+    logical = " (logical)" if offer["logical"] else ""
     return f"{len(gpus)} x {offer['gpu_type']} {memory:.3g} GiB{logical}"

@@ -225,7 +225,7 @@ def _show(output: Output, answer: dict[str, Any]) -> None:
     elif "places" in answer:
         show(output, row(answer), COLUMNS)
     else:
-        show(output, answer["order"], leases.ORDER)
+        leases.show_orders(output, answer["order"])
 
 
 def _show_quote(output: Output, answer: dict[str, Any]) -> None:

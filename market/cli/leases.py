@@ -36,7 +36,7 @@ def list_leases(
     show(output, rows, COLUMNS, empty=empty)
 
 
-@app.command("show", epilog="Example: market leases show lease-261101120000000000")
+@app.command("show", epilog="Example: market leases show lease-261101120000-1")
 def show_lease(lease: Lease, output: OutputOption = Output.TABLE) -> None:
     """Show everything about a lease."""
     from market.cli.api import request
@@ -47,7 +47,7 @@ def show_lease(lease: Lease, output: OutputOption = Output.TABLE) -> None:
     show(output, answer)
 
 
-@app.command(epilog="Example: market leases renew lease-261101120000000000 --term 7d")
+@app.command(epilog="Example: market leases renew lease-261101120000-1 --term 7d")
 def renew(
     lease: Lease,
     term: Annotated[str, typer.Option(help="How much longer, e.g. 7d, 12h, 90m.")],
@@ -59,7 +59,7 @@ def renew(
     _show(output, request("POST", f"/leases/{lease}/renew", json={"term": term}))
 
 
-@app.command(epilog="Example: market leases release lease-261101120000000000 --yes")
+@app.command(epilog="Example: market leases release lease-261101120000-1 --yes")
 def release(
     lease: Lease,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,

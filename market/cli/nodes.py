@@ -4,7 +4,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from market.cluster.supervisor import Membership
     from market.types import Gpu
 
+JOINED = ("node_id", "provider_id", "gpu_type", "gpus", "logical", "ask", "market", "state")
 LOGICAL_TYPE = "logical"
 LOGICAL_MEMORY_GIB = 24
 NODE_NAME_MAX = 40
@@ -82,7 +83,7 @@ def join(  # noqa: PLR0913  # one argument per option
         "node_id": node or _name(provider, config.url, known),
         "provider_id": provider,
         "gpu_type": chosen[0].gpu_type if chosen else "cpu",
-        "gpus": _rows(chosen),
+        "gpus": [asdict(gpu) for gpu in chosen],
         "cpu_count": hardware.cpu_count(),
         "memory_mib": hardware.memory_mib(),
         "ask": ask,
@@ -97,11 +98,13 @@ def join(  # noqa: PLR0913  # one argument per option
     facts = {name: value for name, value in facts.items() if value is not None}
     note(f"market: joining {config.url} as node {facts['node_id']}")
     node_id = _begin(config.state_dir, config.logs_dir, config.url, token, facts)
-    note(f"market: it stays in the market, also after a restart of it; log: {config.logs_dir}")
+    note(
+        "market: it stays until market leave, and finds the market again if that restarts; its log "
+        f"is {config.logs_dir / supervisor.LOG}"
+    )
     joined = {"node_id": node_id, "market": config.url, "state": "joined"}
-    shown = ("node_id", "provider_id", "gpu_type", "gpus", "logical", "ask", "market", "state")
-    table = output is Output.TABLE
-    show(output, facts | joined | ({"gpus": len(chosen)} if table else {}), shown)
+    counted = {"gpus": len(chosen)} if output is Output.TABLE else {}
+    show(output, facts | joined | counted, JOINED)
 
 
 def leave(
@@ -216,12 +219,6 @@ def _name(provider: str, url: str, known: "Membership | None") -> str:
         return known.node_id
     words = re.sub(r"[^A-Za-z0-9]+", "-", f"{provider}-{socket.gethostname().partition('.')[0]}")
     return words[:NODE_NAME_MAX].strip("-")
-
-
-def _rows(gpus: "Sequence[Gpu]") -> list[dict[str, Any]]:
-    from dataclasses import asdict
-
-    return [asdict(gpu) for gpu in gpus]
 
 
 def _begin(

@@ -154,8 +154,8 @@ def error_of(status: int, text: str) -> MarketError:
 
 
 def next_pause_s(pause_s: float, ran_s: float) -> float:
-    """Seconds before the next try: twice the last pause, or the first after a long run."""
-    return PAUSE_MIN_S if ran_s >= STEADY_S else min(PAUSE_MAX_S, 2 * pause_s)
+    """Seconds before the next try: twice the last pause, or the shortest after a long run."""
+    return PAUSE_MIN_S if ran_s >= STEADY_S else min(PAUSE_MAX_S, max(PAUSE_MIN_S, 2 * pause_s))
 
 
 def load_membership(state_dir: Path) -> Membership | None:
@@ -220,7 +220,7 @@ def end_join(state_dir: Path) -> bool:
 
 def supervise(state_dir: Path, logs_dir: Path) -> None:
     """Keep the node in the cluster until the market refuses it for good."""
-    pause_s = PAUSE_MIN_S
+    pause_s = 0.0
     said = ""
     while True:
         began_s = time.monotonic()

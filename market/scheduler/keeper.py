@@ -11,6 +11,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
+from market import crash
 from market import leases as rules
 from market.errors import MarketError
 from market.leases import Event, Sight
@@ -213,6 +214,7 @@ class Keeper:
             seqs = sorted(outbox)[:SEND_MAX]
             batch = [outbox[seq][1] for seq in seqs]
             await self._send((PRODUCER, self._core.state.epoch), seqs[0], batch)
+            crash.reach("segments-sent")
             await self._core.store.sent(seqs[-1] + 1)
 
     # -- replicas ------------------------------------------------------------------------------
@@ -231,6 +233,7 @@ class Keeper:
             for step in steps:
                 await self._decide(step)
             await self._forget_deployments()
+        crash.reach("steps-decided")
         for step in steps:
             self._act(step)
 
@@ -311,6 +314,7 @@ class Keeper:
         async def work() -> None:
             try:
                 await asyncio.to_thread(function, *arguments)
+                crash.reach("step-done")
             except Exception:
                 logger.exception("%s of %s failed, tried again", function.__name__, name)
             finally:

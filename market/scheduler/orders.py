@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-from market import catalog, leases, matching, placement, pricing
+from market import catalog, crash, leases, matching, placement, pricing
 from market.calendar import Oversubscribed
 from market.errors import Conflict, InvalidRequest, MarketError, NoCapacity, NotFound
 from market.leases import Event, Sight
@@ -127,6 +127,7 @@ class Orders:
                 ) from error
             renewed = leases.step(replace(lease, end=end), Event.RENEW, now, f"renewed until {end}")
             await core.store.save([replace(renewed, noticed_at=None)])
+            crash.reach("lease-renewed")
             return core.state.leases[lease_id]
 
     async def close(self, lease_id: str, event: Event, sight: Sight, reason: str) -> Lease:
@@ -148,6 +149,7 @@ class Orders:
         offer = self._core.state.offers[lease.offer_id]
         bound = replace(lease, gpu_indices=matching.indices(offer, [position]))
         await self._core.store.save([bound, self._replica(bound, "booked")])
+        crash.reach("lease-bound")
         return bound
 
     async def move(self, lease: Lease, reason: str) -> Lease | None:
@@ -187,6 +189,7 @@ class Orders:
         fresh = self._replica(moved, reason, number)
         gone = [replace(r, state=ReplicaState.STOPPING, reason=reason) for r in old]
         await core.store.save([moved, fresh, *gone])
+        crash.reach("lease-moved")
         return moved
 
     def _lease(self, lease_id: str) -> Lease:
@@ -258,6 +261,7 @@ class Orders:
         )
         replicas = [self._replica(lease, "ordered")] if lease.gpu_indices else []
         await core.store.save([matched, lease, deployment, *replicas])
+        crash.reach("order-granted")
         return matched
 
     def _fresh_id(self, now: datetime) -> str:

@@ -68,7 +68,8 @@ class Pools:
         core = self._core
         async with core.lock:
             for replica in list(core.state.replicas.values()):
-                if replica.place.offer_id != offer.offer_id:
+                ending = replica.state in (ReplicaState.STOPPING, ReplicaState.FREEING)
+                if replica.place.offer_id != offer.offer_id or ending:
                     continue
                 reason = f"node {offer.node_id} leaves"
                 if not await self.replace_lost(replica, reason):

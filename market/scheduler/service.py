@@ -150,14 +150,12 @@ class Scheduler:
         return await self._orders.quote(order)
 
     async def orders(self, tenant_id: str | None = None) -> list[Order]:
-        """Orders that wait, and what was refused lately; of one tenant or all, newest first."""
-        shown = (OrderState.WAITING, OrderState.REFUSED)
-        found = [
-            order
-            for order in self._core.state.orders.values()
-            if order.state in shown and tenant_id in (None, order.tenant_id)
-        ]
-        return sorted(found, key=lambda o: (o.created_at, o.order_id), reverse=True)[:CLOSED_SHOWN]
+        """Orders that wait, then the last 50 refused; of one tenant or all, newest first."""
+        own = [o for o in self._core.state.orders.values() if tenant_id in (None, o.tenant_id)]
+        own.sort(key=lambda order: (order.created_at, order.order_id), reverse=True)
+        refused = [order for order in own if order.state is OrderState.REFUSED]
+        waiting = [order for order in own if order.state is OrderState.WAITING]
+        return waiting + refused[:CLOSED_SHOWN]
 
     async def cancel_order(self, order_id: str, tenant_id: str | None) -> Order:
         """Take a waiting order back. Raises NotFound, Conflict."""

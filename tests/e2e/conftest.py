@@ -43,16 +43,34 @@ def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 60) -
 class Market:
     """Runs ``market`` commands on its own home and port, and looks at what they left."""
 
-    def __init__(self, home: Path, model: Path) -> None:
+    def __init__(self, home: Path, model: Path, url: str = "", **settings: str) -> None:
         self.home = home
-        self.url = f"http://127.0.0.1:{free_port()}"
+        self.url = url or f"http://127.0.0.1:{free_port()}"
+        self.model = model
         (home / "models").mkdir(parents=True)
         (home / "models" / "tiny-qwen").symlink_to(model)
         self._tenants = 0
+        self._settings = settings
 
     def environment(self) -> dict[str, str]:
-        ours = {"MARKET_HOME": str(self.home), "MARKET_URL": self.url}
+        ours = {"MARKET_HOME": str(self.home), "MARKET_URL": self.url, **self._settings}
         return {k: v for k, v in os.environ.items() if k != "MARKET_API_KEY"} | ours
+
+    def join(self, name: str, provider: str, *more: str) -> "Market":
+        """A node of its own home on this machine, in the cluster when this returns."""
+        self.cli("providers", "create", provider)
+        token = self.cli("providers", "token", provider)["join_token"]
+        node = Market(self.home.parent / name, self.model, self.url)
+        options = ("--node", name, "--provider", provider, "--token", token, *more)
+        node.cli("join", self.url, *options)
+        wait_until(lambda: self.offer(name)["state"] == "open", f"node {name}")
+        return node
+
+    def offer(self, name: str) -> dict[str, Any]:
+        return next(offer for offer in self.get("/offers") if offer["offer_id"] == name)
+
+    def lease(self, lease_id: str) -> dict[str, Any]:
+        return self.get(f"/leases/{lease_id}")
 
     def run(self, *arguments: str, key: str | None = None) -> subprocess.CompletedProcess[str]:
         environment = self.environment() | ({"MARKET_API_KEY": key} if key else {})
@@ -154,8 +172,8 @@ class Tenant:
 
 
 @contextlib.contextmanager
-def running_market(home: Path, model: Path) -> Iterator[Market]:
-    market = Market(home, model)
+def running_market(home: Path, model: Path, **settings: str) -> Iterator[Market]:
+    market = Market(home, model, **settings)
     market.cli("up")
     family = [market.head(), *market.head().children(recursive=True)]
     try:

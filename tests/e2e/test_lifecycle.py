@@ -65,7 +65,8 @@ class TestByHand:
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
-            (("deploy", "tiny-qwen", "--mode", "lease"), "not available"),
+            (("deploy", "tiny-qwen", "--mode", "hybrid"), "not available"),
+            (("deploy", "tiny-qwen", "--mode", "lease", "--tenant", "nobody"), "local has no GPU"),
             (("deploy", "tiny-qwen", "--engine", "magic"), "unknown"),
             (("deploy", "tinyqwen"), "did you mean tiny-qwen"),
             (("undeploy", "tiny-qwen"), "not deployed"),
@@ -87,7 +88,8 @@ class TestByHand:
 
     def test_dry_run_deploys_nothing(self, market):
         deployment = market.cli("deploy", "tiny-qwen", "--dry-run")
-        assert (deployment["offer_id"], deployment["engine"]) == ("local", "transformers")
+        (place,) = deployment["places"]
+        assert (place["offer_id"], deployment["engine"]) == ("local", "transformers")
         assert market.cli("deployments") == []
 
     def test_deploy_serves_when_it_returns(self, market):

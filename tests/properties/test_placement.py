@@ -99,7 +99,7 @@ def possible(nodes, request):
             yield len({node.gpus[index].domain for index in indices}) <= 1, node, after
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.tuples(*(used_nodes(name) for name in "abc")), requests, workloads)
 def test_nothing_scores_better_than_what_is_chosen(nodes, request, classes):
     chosen = choose(nodes, request, classes)
@@ -190,7 +190,7 @@ class QuantisedMachine(PackerMachine):
     policy = Policy.FGD_Q
 
 
-MACHINE = settings(max_examples=40, stateful_step_count=30, deadline=None)
+MACHINE = settings(max_examples=30, stateful_step_count=30, deadline=None)
 TestFgdBf = PackerMachine.TestCase
 TestFgdBf.settings = MACHINE
 TestBestFit = BestFitMachine.TestCase

@@ -110,7 +110,7 @@ class Operator:
         self.start_head()
 
     def start_head(self) -> None:
-        self.head = node.start_head(self.state_dir, self.logs_dir, 8, 0)
+        self.head = node.start_head(self.state_dir, self.logs_dir, 8, 0, gpu_indices=[1])
         self.is_up = True
         self.driver = Driver(self.state_dir, self.logs_dir / "driver.log")
 
@@ -234,10 +234,18 @@ def providers(operator: Operator) -> Iterator[tuple[Provider, Provider]]:
             shutil.rmtree(getattr(provider, "temp_dir", ""), ignore_errors=True)
 
 
+def joined(operator: Operator, provider: Provider) -> Provider:
+    """The provider with its node in the cluster, whatever the test before has done to it."""
+    provider.join()
+    wait_until(lambda: provider.name in operator.nodes(), f"node {provider.name} being in")
+    return provider
+
+
 @pytest.fixture
-def machine(operator: Operator, providers: tuple[Provider, Provider]) -> Operator:
-    """The cluster with both nodes in it, whatever the test before has done to them."""
-    for provider in providers:
-        provider.join()
-    wait_until(lambda: {"local", "a", "b"} <= operator.nodes().keys(), "both nodes being in")
-    return operator
+def node_a(operator: Operator, providers: tuple[Provider, Provider]) -> Provider:
+    return joined(operator, providers[0])
+
+
+@pytest.fixture
+def node_b(operator: Operator, providers: tuple[Provider, Provider]) -> Provider:
+    return joined(operator, providers[1])

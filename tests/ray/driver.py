@@ -39,13 +39,13 @@ class Holder:
     """Takes a share of a slot, or plays a replica that starts an engine."""
 
     def where(self):
-        return os.environ[node.NODE_VARIABLE]
+        return os.environ[node.NODE_VARIABLE], os.environ["CUDA_VISIBLE_DEVICES"]
 
-    def start_engine(self):
-        """A child, and one whose parent ends at once, which does not heed SIGTERM either."""
+    def start_engine(self, deaf):
+        """A child, and one whose parent ends at once; ``deaf``: that heeds no SIGTERM."""
         child = subprocess.Popen(["sleep", "600"])
-        deaf = "trap '' TERM; while :; do sleep 1; done"
-        script = f'sh -c "{deaf}" >/dev/null 2>&1 & echo $!'
+        work = "trap '' TERM; while :; do sleep 1; done" if deaf else "exec sleep 600"
+        script = f'sh -c "{work}" >/dev/null 2>&1 & echo $!'
         orphan = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
         return {"replica": os.getpid(), "child": child.pid, "orphan": int(orphan.stdout)}
 
@@ -71,7 +71,7 @@ def hold(name, node_id, resources, environment):
 
 @command
 def where(name, timeout_s):
-    """The node on which a holder runs, None if it still waits."""
+    """Node and visible GPUs of a holder, None if it still waits."""
     import ray
 
     try:
@@ -88,10 +88,10 @@ def release(name):
 
 
 @command
-def start_engine(name):
+def start_engine(name, deaf):
     import ray
 
-    return ray.get(HOLDERS[name].start_engine.remote(), timeout=60)
+    return ray.get(HOLDERS[name].start_engine.remote(deaf), timeout=60)
 
 
 @command

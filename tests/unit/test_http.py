@@ -41,7 +41,8 @@ class FakePrompter:
 
 
 class Routes(FakeRoutes):
-    ready = (ROUTE,)
+    def ready(self, principal):
+        return [ROUTE]
 
     async def prompter(self, route):
         return FakePrompter()

@@ -44,7 +44,7 @@ class Market:
         return self
 
     async def ask(self, max_tokens=5, principal=ACME, prompt=PROMPT):
-        route = await self.routes.route("tiny")
+        route = await self.routes.route("tiny", principal)
         return await self.inference.admit(principal, route, prompt, Sampling(max_tokens))
 
     async def answer(self, **asked):

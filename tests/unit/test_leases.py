@@ -231,6 +231,7 @@ class TestHolds:
             gpu_us = -(-time_us * milli // 1000)
             return -(-gpu_us * price_pico // (HOUR_S * 10**6))
 
+        assert plan.wanted_pico == most_pico(HOUR_S * 10**6)
         assert most_pico(covered_us) <= granted_pico < most_pico(covered_us + 1)
 
     def test_free_one_holds_nothing_and_covers_all_the_same(self):

@@ -316,8 +316,12 @@ class TestOutOfFunds:
         await market.end(Event.RELEASE, "a")
         assert await market.earned() == 6980 * SECOND_PICO
 
-    async def test_deposit_helps_also_if_nothing_has_been_healthy_since_before(self, market):
+    async def test_it_closes_then_also_if_nothing_has_been_healthy_since_before(self, market):
         # bug reported
+        await market.watch(460, None)
+        assert market.lease.close_reason is CloseReason.OUT_OF_FUNDS
+
+    async def test_deposit_helps_also_if_nothing_has_been_healthy_since_before(self, market):
         await market.watch(120, None)
         await market.ledger.transfer(deposit("50", "deposit-2"))
         await market.watch(600, None)
@@ -336,9 +340,16 @@ class TestOutOfFunds:
 
 
 class TestCrash:
+    async def crash_in_hold(self, market, seconds):
+        """The ledger has opened the next hold, but that was never stored."""
+        market.shelf.broken = True
+        market.clock.advance(seconds)
+        with pytest.raises(Crash):
+            await market.hold()
+        market.shelf.broken = False
+
     @pytest.mark.parametrize("away_s", [1200, 5000])
     async def test_one_with_money_outlives_a_long_absence_of_the_scheduler(self, market, away_s):
-        # bug reported
         await market.grant(lease())
         await market.watch(2900, "a")
         market.last.clear()
@@ -349,11 +360,7 @@ class TestCrash:
     async def test_hold_that_was_opened_but_not_stored_is_found_again(self, market):
         await market.grant(lease())
         await market.watch(2990, "a")
-        market.shelf.broken = True
-        market.clock.advance(10)
-        with pytest.raises(Crash):
-            await market.hold()
-        market.shelf.broken = False
+        await self.crash_in_hold(market, 10)
         before = await market.available()
         await market.leasing.end_strangers()
         await market.watch(100, "a")
@@ -364,26 +371,22 @@ class TestCrash:
     async def test_partly_granted_one_covers_the_same_when_found_later(self, later_s):
         market = await Market().open("5")
         await market.grant(lease())
-        market.clock.advance(3000)
-        market.shelf.broken = True
-        with pytest.raises(Crash):
-            await market.hold()
-        market.shelf.broken = False
+        await self.crash_in_hold(market, 3000)
         market.clock.advance(later_s)
         await market.hold()
         assert market.lease.covered_until == NOON + timedelta(seconds=5000)
 
-    async def test_hold_that_was_opened_but_not_stored_ends_with_its_lease(self, market):
+    @pytest.mark.parametrize("restart", ["before the close", "after it"])
+    async def test_hold_that_was_opened_but_not_stored_ends_with_its_lease(self, market, restart):
         # bug reported
         await market.grant(lease())
         await market.watch(2990, "a")
-        market.shelf.broken = True
-        market.clock.advance(10)
-        with pytest.raises(Crash):
-            await market.hold()
-        market.shelf.broken = False
+        await self.crash_in_hold(market, 10)
+        if restart == "before the close":
+            await market.leasing.end_strangers()
         await market.end(Event.RELEASE, "a")
-        await market.leasing.end_strangers()
+        if restart == "after it":
+            await market.leasing.end_strangers()
         assert rules.is_over(market.lease)
         assert await market.open_holds() == []
 
