@@ -30,7 +30,6 @@ GATEWAY_APP = "serve_apps.gateway:build_app"
 LOCAL = "local"
 ASK_PER_GPU_HOUR = "1.00"
 READY_TIMEOUT_S = 120
-LOGICAL_CPUS_MIN = 8
 
 Report = Callable[[str], None]
 
@@ -47,8 +46,9 @@ def up(config: Config, operator_key_hash: str, operator_key_id: str, report: Rep
     if head is None:
         _check_port_is_free(config)
         report("starting the Ray head node")
-        cpus = max(LOGICAL_CPUS_MIN, hardware.cpu_count())
-        head = node.start_head(config.state_dir, config.logs_dir, cpus, len(hardware.gpus()))
+        cpus = max(node.LOGICAL_CPUS_MIN, hardware.cpu_count())
+        indices = [gpu.index for gpu in hardware.gpus()]
+        head = node.start_head(config.state_dir, config.logs_dir, cpus, len(indices), indices)
     with _connected(head):
         report("opening the ledger")
         start_service(LEDGER, "market.services:make_ledger", config)

@@ -239,7 +239,8 @@ class Calendar:
     def bind(self, booking_id: str) -> int:
         """Fix the GPU of a booking that waits, at its start: the lowest free one. Or say it again.
 
-        Raises ValueError if one that started before needs the GPU: bind in the order of starts.
+        Early is possible too and gives ``book`` room behind it. Raises ValueError if one that
+        starts before needs the GPU: bind in the order of starts.
         """
         booking = self._bookings[booking_id]
         if booking.gpu_indices:
@@ -252,7 +253,7 @@ class Calendar:
                 node.add(1, bound, start)
                 self._keep(bound)
                 return index
-        raise ValueError(f"one that started before {booking_id} waits on {booking.node_id}")
+        raise ValueError(f"one that starts before {booking_id} waits on {booking.node_id}")
 
     def extend(self, booking_id: str, end: int | None) -> None:
         """Let it end later, where it is. Raises Oversubscribed and changes nothing."""

@@ -94,14 +94,16 @@ class Leasing:
         lease = self._shelf.leases[lease_id]
         if lease.state is LeaseState.CLOSED:
             return
-        event = rules.due(lease, now)
+        event, decide = rules.due(lease, now), rules.meter
         if event is Event.RUN_DRY and await self.hold_ahead(lease_id, now):
-            # The money is there: nobody asked in time, because scheduler or ledger was away.
+            # The money is there: nobody asked in time, because scheduler or ledger was away. Or two
+            # holds are open, and deciding all time without a replica ends the first.
             lease, event = self._shelf.leases[lease_id], None
+            decide = rules.meter if sight.run is not None else rules.meter_to_end
         if event is not None:
             await self.close(lease_id, event, now, sight, _REASONS[event])
             return
-        metered, segments = rules.meter(lease, now, sight)
+        metered, segments = decide(lease, now, sight)
         if metered.state is LeaseState.PENDING and sight.run is not None and now >= lease.start:
             metered = rules.step(metered, Event.READY, now, "serving")
         if metered.noticed_at is None and now >= rules.noticed_from(metered):
@@ -152,7 +154,7 @@ class Leasing:
                 f"{until:%H:%M:%S} unless at least {need} {lease.currency} is deposited",
             )
         elif lease.reason.startswith("paid until"):
-            held = replace(held, reason="serving")
+            held = replace(held, reason="serving" if held.activated_at else "booked")
         if held != lease:
             await self._shelf.keep(held, ())
         return granted
@@ -169,16 +171,24 @@ class Leasing:
             await self._shelf.keep(replace(lease, ended_index=index), ())
 
     async def end_strangers(self) -> None:
-        """End holds of leases that were never stored: a crash came between the two."""
+        """Bring holds and leases together again: a crash or a lost answer came between the two.
+
+        A hold that an open lease does not know of pays for it; one of no lease, or of a closed one,
+        ends.
+        """
         for hold in await self._ledger.open_holds():
             request = hold.request
-            if request.producer == PRODUCER and not self._is_known(request.hold_id):
+            lease_id, _, number = request.hold_id.rpartition("-hold-")
+            if request.producer != PRODUCER:
+                continue
+            lease = self._shelf.leases.get(lease_id)
+            if lease is not None and int(number) <= lease.hold_index:
+                continue
+            if lease is None or lease.state is LeaseState.CLOSED:
                 await self._ledger.end_hold(PRODUCER, self._shelf.epoch, request.hold_id)
                 crash.reach("stranger-ended")
-
-    def _is_known(self, hold_id: str) -> bool:
-        lease_id, _, _ = hold_id.rpartition("-hold-")
-        return lease_id in self._shelf.leases
+            else:
+                await self._shelf.keep(_with_found(lease, int(number), hold.amount_pico), ())
 
     async def _hold(
         self, lease: Lease, plan: HoldPlan, minimum_pico: int
@@ -243,6 +253,14 @@ def records(lease: Lease, segments: Sequence[Segment]) -> list[UsageRecord]:
         )
         for segment in segments
     ]
+
+
+def _with_found(lease: Lease, index: int, amount_pico: int) -> Lease:
+    """The lease with a hold that was opened for it: it covers what its money pays for."""
+    rest = replace(lease, start=lease.covered_until)
+    whole_pico = rules.total_ceiling(rest)
+    plan = HoldPlan(index, rest.start, rest.end, whole_pico, minimum_pico=0)
+    return rules.with_hold(lease, plan, amount_pico)
 
 
 def _credit(segment: Segment) -> tuple[tuple[str, str], ...]:

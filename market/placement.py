@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
+from itertools import chain
 from random import Random
 
 from market.fragments import (
@@ -215,12 +216,14 @@ class Packer:
         return None if cost is None else (cost, state.node_ids[0], state.number, state)
 
     def _any(self, request: ShareRequest) -> str | None:
-        found: dict[tuple[bool, float], list[str]] = defaultdict(list)
-        for state in self._states.values():
-            cost = self._scorer.cost(state.gpus, state.cpu_milli, state.memory_mib, request)
-            if cost is not None:
-                found[cost] += state.node_ids
-        return self._scorer.pick(sorted(found[min(found)])) if found else None
+        queue = self._queue(request)
+        live = {entry[2]: entry for entry in queue.entries if entry[3].node_ids}
+        queue.entries = list(live.values())
+        if not live:
+            return None
+        lowest = min([entry[0] for entry in queue.entries])
+        tied = [entry[3].node_ids for entry in queue.entries if entry[0] == lowest]
+        return self._scorer.pick(sorted(chain.from_iterable(tied)))
 
     def _index(self) -> None:
         """Start the index afresh from the rooms."""

@@ -265,7 +265,8 @@ async def prove(
 async def metrics(services: With, caller: Caller) -> Response:
     """For Prometheus, with an operator's key (they say what the market earns)."""
     require_operator(caller)
-    page = services.metrics.page(await services.ledger.status())
+    ledger, leases = await services.ledger.status(), await services.scheduler.leases()
+    page = services.metrics.page(ledger, leases, services.clock.now())
     return Response(page, media_type=CONTENT_TYPE_LATEST)
 
 

@@ -1,6 +1,7 @@
 """``/metrics``: what this gateway has recorded and how the ledger is, for Prometheus."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from datetime import datetime
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, generate_latest
@@ -8,7 +9,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from market.ports import UsageSink
-from market.types import CURRENCY, UsageRecord
+from market.types import CURRENCY, Lease, UsageRecord
 
 
 class Metrics:
@@ -45,10 +46,11 @@ class Metrics:
         """Count a request that was refused because its model has no price."""
         self._unpriced.labels(model).inc()
 
-    def page(self, ledger: dict[str, Any]) -> bytes:
-        """The page, with the ledger's ``status`` as it is now."""
+    def page(self, ledger: dict[str, Any], leases: Sequence[Lease], now: datetime) -> bytes:
+        """The page, with the ledger's ``status`` and the open leases as they are now."""
         asked = CollectorRegistry()
         asked.register(_LedgerGauges(ledger))
+        asked.register(_LeaseGauges(leases, now))
         return generate_latest(self._registry) + generate_latest(asked)
 
 
@@ -101,6 +103,30 @@ class _LedgerGauges(Collector):
         for replica, ratio in status["capture_ratio"].items():
             capture.add_metric([replica], ratio)
         yield capture
+
+
+class _LeaseGauges(Collector):
+    def __init__(self, leases: Sequence[Lease], now: datetime) -> None:
+        self._leases, self._now = leases, now
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """How long leases last, and how much of their time was served."""
+        left = GaugeMetricFamily(
+            "market_lease_seconds_to_expiry", "Until its end", labels=["lease", "model"]
+        )
+        served = GaugeMetricFamily(
+            "market_lease_healthy_ratio",
+            "Charged / decided time; the rest was credited",
+            labels=["lease", "model"],
+        )
+        for lease in self._leases:
+            where = [lease.lease_id, lease.model]
+            left.add_metric(where, (lease.end - self._now).total_seconds())
+            decided_us = lease.healthy_us + lease.credited_us
+            if decided_us:
+                served.add_metric(where, lease.healthy_us / decided_us)
+        yield left
+        yield served
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

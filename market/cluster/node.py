@@ -148,7 +148,7 @@ def load_worker(state_dir: Path) -> RayNode | None:
 def start_head(
     state_dir: Path, logs_dir: Path, cpus: int, gpus: int, gpu_indices: Sequence[int] | None = None
 ) -> RayNode:
-    """Start a head node bound to this machine only; returns when it accepts connections.
+    """Start a head node; returns when it accepts connections (Ray listens on all interfaces).
 
     It has a slot for each of ``gpu_indices`` (the first ``gpus``, if they are not given). Raises
     MarketFault with the end of its log if it does not come up.

@@ -338,7 +338,7 @@ def _wait_until_accepted(state_dir: Path, logs_dir: Path, lives: Callable[[], bo
 def _start_supervisor(state_dir: Path, logs_dir: Path) -> "subprocess.Popen[bytes]":
     logs_dir.mkdir(parents=True, exist_ok=True)
     with (logs_dir / LOG).open("wb") as log:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "market.cluster.supervisor", str(state_dir), str(logs_dir)],
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -346,10 +346,17 @@ def _start_supervisor(state_dir: Path, logs_dir: Path) -> "subprocess.Popen[byte
             start_new_session=True,
             env=nodes.worker_environment(os.environ, state_dir / "worker.token"),
         )
+    _note_supervisor(state_dir, process.pid)  # so that it can be ended from now on
+    return process
 
 
 def _load_supervisor(state_dir: Path) -> KnownProcess | None:
     return load_process(KnownProcess, state_dir / SUPERVISOR)
+
+
+def _note_supervisor(state_dir: Path, pid: int) -> None:
+    known = KnownProcess(pid, psutil.Process(pid).create_time())
+    write_private(state_dir / SUPERVISOR, json.dumps(asdict(known)))
 
 
 def _save(state_dir: Path, member: Membership) -> None:
@@ -376,9 +383,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _leave)
     try:
         with _locked(state_dir / "supervisor.lock", fcntl.LOCK_EX | fcntl.LOCK_NB):
-            created_s = psutil.Process().create_time()
-            own = json.dumps(asdict(KnownProcess(os.getpid(), created_s)))
-            write_private(state_dir / SUPERVISOR, own)
+            _note_supervisor(state_dir, os.getpid())
             try:
                 supervise(state_dir, logs_dir)
             finally:

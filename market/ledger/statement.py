@@ -35,7 +35,8 @@ class Movement:
 class UsageLine:
     """Totals of one model in one lane; ``model`` is "-" where there is none.
 
-    ``fee`` is for providers only, and None before the period is settled.
+    ``fee`` is for providers only, and None before the period is settled. ``credited_us`` is GPU
+    time of leases that was not charged, because no healthy replica served.
     """
 
     model: str
@@ -47,6 +48,7 @@ class UsageLine:
     gpu_us: int
     charge: Decimal
     fee: Decimal | None
+    credited_us: int = 0
 
     @property
     def payout(self) -> Decimal | None:

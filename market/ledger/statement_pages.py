@@ -34,7 +34,8 @@ _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
 _CSV_COLUMNS = (
     *("section", "statement_id", "party", "name", "period", "status", "currency"),
     *("day", "kind", "model", "lane", "count"),
-    *("input_tokens", "cached_input_tokens", "output_tokens", "gpu_us", "amount", "charge"),
+    *("input_tokens", "cached_input_tokens", "output_tokens", "gpu_us", "credited_us"),
+    *("amount", "charge"),
 )
 
 _CHART_STYLE: dict[str, Any] = {
@@ -210,12 +211,14 @@ def _usage_tables(statement: Statement) -> list[_Table]:
     total = _total(lines)
     provider = statement.party is Party.PROVIDER
     counts = ("Model", "Lane", "Requests", "Input tokens", "of them cached", "Output tokens")
+    credits = total.credited_us > 0
+    hours = ("GPU-hours", "credited") if credits else ("GPU-hours",)
     usage = _Table(
         title="Usage per model and lane",
         texts=2,
-        columns=(*counts, "GPU-hours", *(() if provider else (f"Charge ({unit})",))),
-        rows=tuple(_usage_cells(line, provider) for line in lines),
-        total=_usage_cells(total, provider),
+        columns=(*counts, *hours, *(() if provider else (f"Charge ({unit})",))),
+        rows=tuple(_usage_cells(line, provider, credits) for line in lines),
+        total=_usage_cells(total, provider, credits),
     )
     if not provider:
         return [usage]
@@ -229,11 +232,12 @@ def _usage_tables(statement: Statement) -> list[_Table]:
     return [usage, payout]
 
 
-def _usage_cells(line: UsageLine, provider: bool) -> tuple[str, ...]:
+def _usage_cells(line: UsageLine, provider: bool, credits: bool) -> tuple[str, ...]:
     counts = (line.requests, line.input_tokens, line.cached_input_tokens, line.output_tokens)
     charge = () if provider else (_money(line.charge),)
     shown = (f"{count:,}" for count in counts)
-    return (line.model, line.lane, *shown, _gpu_hours(line.gpu_us), *charge)
+    credited = (_gpu_hours(line.credited_us),) if credits else ()
+    return (line.model, line.lane, *shown, _gpu_hours(line.gpu_us), *credited, *charge)
 
 
 def _payout_cells(line: UsageLine) -> tuple[str, ...]:
@@ -274,6 +278,7 @@ def _total(lines: Sequence[UsageLine]) -> UsageLine:
         charge=_sum(line.charge for line in lines),
         # A total over the known fees only would look like the whole.
         fee=_sum(fees) if len(fees) == len(lines) else None,
+        credited_us=sum(line.credited_us for line in lines),
     )
 
 

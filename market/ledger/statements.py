@@ -24,7 +24,9 @@ _SUMS = (
     "CAST(coalesce(sum(input_tokens), 0) AS BIGINT) AS input_tokens, "
     "CAST(coalesce(sum(cached_input_tokens), 0) AS BIGINT) AS cached_input_tokens, "
     "CAST(coalesce(sum(output_tokens), 0) AS BIGINT) AS output_tokens, "
-    "CAST(coalesce(sum(gpu_us), 0) AS BIGINT) AS gpu_us, sum(charge) AS charge"
+    "CAST(coalesce(sum(gpu_us), 0) AS BIGINT) AS gpu_us, sum(charge) AS charge, "
+    "CAST(coalesce(sum(CAST(attrs['credited_us'] AS BIGINT) * gpu_milli // 1000) "
+    "FILTER (kind = 'gpu'), 0) AS BIGINT) AS credited_us"
 )
 
 
@@ -134,7 +136,8 @@ def _movements(
 
 def _lines(connection: duckdb.DuckDBPyConnection) -> dict[str, list[dict[str, Any]]]:
     """Per party the sums per model and lane."""
-    names = ("requests", "input_tokens", "cached_input_tokens", "output_tokens", "gpu_us")
+    names = ("requests", "input_tokens", "cached_input_tokens", "output_tokens", "gpu_us",
+             "credited_us")  # fmt: skip
     sums = ", ".join(f"CAST(sum({name}) AS BIGINT) AS {name}" for name in names)
     cursor = connection.execute(
         f"SELECT name, model, lane, {sums}, sum(charge) AS charge FROM totals "

@@ -37,6 +37,7 @@ ROUND_S = 0.5
 LOOK_TIMEOUT_S = 10.0
 FUNDS_RETRY_S = 2.0
 SEND_MAX = 1024
+TIDY_S = 60.0
 SERVING = (ReplicaState.STARTING, ReplicaState.READY)
 
 
@@ -55,7 +56,7 @@ class Keeper:
         self._asked_funds_s: dict[str, float] = {}
         self._working: dict[str, asyncio.Task[None]] = {}
         self._swept: set[str] = set()
-        self._tidied = False
+        self._tidied_s = float("-inf")
 
     async def run_forever(self) -> None:
         """Rounds, until cancelled."""
@@ -108,12 +109,13 @@ class Keeper:
     # -- parts of a round --------------------------------------------------------------------
 
     async def _tidy(self) -> None:
-        """Once: end holds that a crash left without a lease."""
-        if not self._tidied:
+        """First and every minute: holds of which a crash or a lost answer kept us from knowing."""
+        clock_s = self._core.clock.monotonic()
+        if clock_s - self._tidied_s >= TIDY_S:
             async with self._core.lock:
                 await self._core.register()
                 await self._core.leasing.end_strangers()
-            self._tidied = True
+            self._tidied_s = clock_s
 
     async def _look(self) -> ClusterView:
         view = await asyncio.wait_for(asyncio.to_thread(self._core.cluster.look), LOOK_TIMEOUT_S)

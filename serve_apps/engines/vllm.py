@@ -18,6 +18,9 @@ async def start(settings: EngineSettings) -> "VllmEngine":
     if not on_gpu:
         cache_gib = max(1, settings.kv_cache_mib // MIB_PER_GIB)
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(cache_gib))
+        if settings.tensor_parallel > 1:
+            # vLLM wants a NUMA node per worker to bind threads; logical GPUs share one machine.
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM

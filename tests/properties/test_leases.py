@@ -1,6 +1,7 @@
 """Random looks, restarts, deposits, renewals and kills: what is charged is exact and was seen."""
 
 from bisect import bisect_left, bisect_right
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from operator import itemgetter
@@ -14,9 +15,10 @@ from market import pricing
 from market.accounts import HoldState
 from market.errors import Conflict, InsufficientBalance
 from market.leases import Event
+from market.leasing import Leasing
 from market.types import CloseReason, LeaseState
 from tests.samples import GPU_HOUR_PICO, NOON, OFFER, deposit, lease
-from tests.unit.test_leasing import Market, MemoryShelf
+from tests.unit.test_leasing import Crash, Market, MemoryShelf
 
 HOUR_GPU_US = 3_600 * 10**6
 NAMES = ("lease-1", "lease-2")
@@ -184,7 +186,17 @@ class LeaseMachine(RuleBasedStateMachine):
     def restart(self):
         """All that only memory knew is lost."""
         self.market.last.clear()
-        self.market.leasing = type(self.market.leasing)(self.market.ledger, self.shelf)
+        self.market.leasing = Leasing(self.market.ledger, self.shelf)
+        done(self.market.leasing.end_strangers())
+
+    @rule(name=st.sampled_from(NAMES))
+    def crash_in_hold(self, name):
+        """The ledger has opened a hold, if one was due, and nobody knows of it."""
+        if name in self.shelf.leases:
+            self.shelf.broken = True
+            with suppress(Crash):
+                done(self.market.leasing.hold_ahead(name, self.market.clock.now()))
+            self.shelf.broken = False
 
     @rule()
     def pause(self):
@@ -252,6 +264,7 @@ class LeaseMachine(RuleBasedStateMachine):
         for name in self.shelf.leases:
             self.close(name, Event.RELEASE)
             done(self.market.hold(name))
+        self.restart()
         for own in self.shelf.leases.values():
             assert rules.is_over(own)
             assert own.healthy_us + own.credited_us == (own.end - own.start) // rules.MICRO

@@ -125,12 +125,16 @@ class PackerMachine(RuleBasedStateMachine):
         self.empty = {name: data.draw(empty_nodes(name)) for name in "abcdef"[:count]}
         self.rooms = dict(self.empty)
         self.placed = []
-        self.packer = Packer(self.rooms.values(), classes, self.policy)
+        # Two that draw the same.
+        self.random, random = (
+            Random(1) if self.policy is Policy.RANDOM else None for _ in range(2)
+        )
+        self.packer = Packer(self.rooms.values(), classes, self.policy, random)
 
     @rule(request=requests, seed=st.integers(0, 5))
     def place(self, request, seed):
         nodes = Random(seed).sample(list(self.rooms.values()), len(self.rooms))
-        expected = choose(nodes, request, self.classes, self.policy)
+        expected = choose(nodes, request, self.classes, self.policy, self.random)
         placement = self.packer.place(request)
         assert placement == expected
         if placement is not None:
@@ -190,6 +194,10 @@ class QuantisedMachine(PackerMachine):
     policy = Policy.FGD_Q
 
 
+class RandomMachine(PackerMachine):
+    policy = Policy.RANDOM
+
+
 MACHINE = settings(max_examples=30, stateful_step_count=30, deadline=None)
 TestFgdBf = PackerMachine.TestCase
 TestFgdBf.settings = MACHINE
@@ -197,3 +205,5 @@ TestBestFit = BestFitMachine.TestCase
 TestBestFit.settings = MACHINE
 TestFgdQ = QuantisedMachine.TestCase
 TestFgdQ.settings = MACHINE
+TestRandom = RandomMachine.TestCase
+TestRandom.settings = MACHINE

@@ -92,6 +92,15 @@ def test_joining_again_is_harmless(operator, node_a):
         other.join()
 
 
+def test_node_outlives_its_supervisor_and_gets_another(node_a):
+    worker, killed = node_a.worker(), node_a.supervisor()
+    killed.kill()
+    psutil.wait_procs([killed], timeout=10)
+    assert node_a.join() == "a"
+    assert node_a.worker() == worker
+    wait_until(lambda: node_a.supervisor().pid != killed.pid, "another supervisor")
+
+
 def test_refused_join_says_why_and_starts_nothing(operator):
     stranger = Provider(operator, "c")
     with pytest.raises(InvalidKey, match="node c shows no good key"):

@@ -317,7 +317,6 @@ class TestOutOfFunds:
         assert await market.earned() == 6980 * SECOND_PICO
 
     async def test_it_closes_then_also_if_nothing_has_been_healthy_since_before(self, market):
-        # bug reported
         await market.watch(460, None)
         assert market.lease.close_reason is CloseReason.OUT_OF_FUNDS
 
@@ -328,7 +327,6 @@ class TestOutOfFunds:
         assert market.lease.state is LeaseState.ACTIVE
 
     async def test_what_is_said_of_one_that_never_served(self):
-        # bug reported
         market = await Market().open("3.6")
         await market.grant(lease())
         await market.watch(3610, None)
@@ -378,7 +376,6 @@ class TestCrash:
 
     @pytest.mark.parametrize("restart", ["before the close", "after it"])
     async def test_hold_that_was_opened_but_not_stored_ends_with_its_lease(self, market, restart):
-        # bug reported
         await market.grant(lease())
         await market.watch(2990, "a")
         await self.crash_in_hold(market, 10)

@@ -10,7 +10,7 @@ from market.types import FinishReason
 from serve_apps.live import LiveRoutes
 from serve_apps.metrics import CountingSink, Metrics
 from tests.contracts.test_ledger import WANTED, record
-from tests.samples import CARD, deposit, hold_request
+from tests.samples import CARD, NOON, deposit, hold_request
 from tests.unit.test_ledger_files import Box
 
 STATUS = {
@@ -39,7 +39,7 @@ async def test_recorded_tokens_and_charges_are_counted_once_they_are_safe():
     await sink.record(made)
     with pytest.raises(Exception, match="ended before"):
         await sink.record(made)
-    page = metrics.page(STATUS).decode()
+    page = metrics.page(STATUS, [], NOON).decode()
     labels = 'lane="tokens",model="tiny",provider="local"'
     assert f'market_tokens_total{{kind="output",{labels}}} 10.0' in page
     assert f'market_tokens_total{{kind="cached_input",{labels}}} 40.0' in page
@@ -47,7 +47,7 @@ async def test_recorded_tokens_and_charges_are_counted_once_they_are_safe():
 
 
 def test_state_of_the_ledger_is_shown():
-    page = Metrics().page(STATUS).decode()
+    page = Metrics().page(STATUS, [], NOON).decode()
     for line in (
         "market_ledger_lag_seconds 1.5",
         "market_ledger_rows 7.0",
@@ -69,7 +69,7 @@ async def test_model_without_a_price_is_an_alarm(tmp_path, caplog):
     routes = LiveRoutes(config, None, NoPrices(), None, metrics.unpriced)
     with pytest.raises(NotFound, match="no price"):
         await routes.rate_card("tiny")
-    assert 'market_unpriced_requests_total{model="tiny"} 1.0' in metrics.page(STATUS).decode()
+    assert 'market_unpriced_requests_total{model="tiny"} 1.0' in metrics.page(STATUS, [], NOON).decode()
     assert any("ALARM unpriced model: tiny" in message for message in caplog.messages)
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from market.scheduler.reconcile import End, Forget, Mark, Remove, Seen, Start, plan
-from market.types import AppStatus, Offer, OfferState, ReplicaState
+from market.types import AppStatus, OfferState, Place, ReplicaState
 from tests.samples import NOON, OFFER, REPLICA
 
 APP = REPLICA.app_name
@@ -16,8 +16,9 @@ STARTING = AppStatus(run=None, failed=False, message="")
 FAILED = AppStatus(run=None, failed=True, message="no memory")
 OFFERS = {"server": OFFER}
 LOST = {"server": replace(OFFER, state=OfferState.LOST)}
-ALONE = [ReplicaState.STARTING, ReplicaState.READY, ReplicaState.FAILED]
 FREEING = (ReplicaState.FREEING, "its processes are ending")
+ENDING = (ReplicaState.STOPPING, ReplicaState.FREEING)
+SERVING = (ReplicaState.STARTING, ReplicaState.READY)
 
 
 def replica(name="lease-1-0", state=ReplicaState.WAITING, reason="", age_s=0, **place):
@@ -41,10 +42,14 @@ def mark(state, reason, name="lease-1-0"):
     return Mark(name, state, reason)
 
 
+BEGIN = mark(ReplicaState.STARTING, "replica starting")
+UNSEEN = mark(ReplicaState.STARTING, "node server is lost")
+
+
 class TestWaiting:
     def test_is_started(self):
         own = replica()
-        assert steps(own) == [mark(ReplicaState.STARTING, "replica starting"), Start(own)]
+        assert steps(own) == [BEGIN, Start(own)]
 
     def test_not_before_its_start(self):
         starts = {"lease-1-0": NOON + timedelta(seconds=1)}
@@ -56,22 +61,15 @@ class TestWaiting:
     @pytest.mark.parametrize("state", [OfferState.LOST, OfferState.LEFT])
     def test_not_on_a_node_that_is_gone(self, state):
         offers = {"server": replace(OFFER, state=state)}
-        assert steps(replica(), offers=offers) == [
-            mark(ReplicaState.WAITING, f"node server is {state}")
-        ]
+        (step,) = steps(replica(), offers=offers)
+        assert step == mark(ReplicaState.WAITING, f"node server is {state}")
 
-    def test_not_on_a_node_that_nobody_knows(self):
-        assert steps(replica(), offers={}) == [mark(ReplicaState.WAITING, "node server is left")]
+    def test_on_a_node_that_drains_but_not_on_one_that_nobody_knows(self):
+        own, drains = replica(), {"server": replace(OFFER, state=OfferState.DRAINING)}
+        assert Start(own) in steps(own, offers=drains)
+        assert steps(own, offers={}) == [mark(ReplicaState.WAITING, "node server is left")]
 
-    def test_on_a_node_that_drains(self):
-        own = replica()
-        assert Start(own) in steps(
-            own, offers={"server": replace(OFFER, state=OfferState.DRAINING)}
-        )
-
-    @pytest.mark.parametrize(
-        "state", [ReplicaState.READY, ReplicaState.STOPPING, ReplicaState.FREEING]
-    )
+    @pytest.mark.parametrize("state", [ReplicaState.READY, *ENDING])
     def test_not_while_its_gpu_is_taken(self, state):
         before = replica("old", state, "serving")
         (step,) = [s for s in steps(before, replica(), apps={"model-old": RUNNING}) if mine(s)]
@@ -126,56 +124,44 @@ class TestRunning:
         assert steps(own, apps={APP: RUNNING}) == [mark(ReplicaState.READY, "serving")]
         assert steps(replica(state=ReplicaState.READY, reason="serving"), apps={APP: RUNNING}) == []
 
-    @pytest.mark.parametrize("state", [ReplicaState.STARTING, ReplicaState.READY])
+    @pytest.mark.parametrize("state", SERVING)
     def test_what_serve_says_is_passed_on(self, state):
         app = AppStatus(run=None, failed=False, message="loading weights")
-        expected = [mark(ReplicaState.STARTING, "loading weights")]
-        assert steps(replica(state=state), apps={APP: app}) == expected
-        assert steps(replica(state=state, reason="x"), apps={APP: STARTING}) == [
-            mark(ReplicaState.STARTING, "replica starting")
-        ]
+        (step,) = steps(replica(state=state), apps={APP: app})
+        assert step == mark(ReplicaState.STARTING, "loading weights")
+        assert steps(replica(state=state), apps={APP: STARTING}) == [BEGIN]
 
     def test_failure_keeps_the_reason_and_is_not_started_again(self):
         own = replica(state=ReplicaState.STARTING)
         assert steps(own, apps={APP: FAILED}) == [mark(ReplicaState.FAILED, "no memory")]
-        silent = AppStatus(run=None, failed=True, message="")
-        assert steps(own, apps={APP: silent}) == [
-            mark(ReplicaState.FAILED, "the replica did not start")
-        ]
+        (step,) = steps(own, apps={APP: replace(FAILED, message="")})
+        assert step == mark(ReplicaState.FAILED, "the replica did not start")
         failed = replica(state=ReplicaState.FAILED, reason="no memory")
         assert steps(failed) == steps(failed, apps={APP: FAILED}) == []
 
     @pytest.mark.parametrize("app", [None, RUNNING, STARTING])
-    @pytest.mark.parametrize("state", [ReplicaState.STARTING, ReplicaState.READY])
+    @pytest.mark.parametrize("state", SERVING)
     def test_on_a_lost_node_it_waits_for_the_node(self, state, app):
         apps = {} if app is None else {APP: app}
-        assert steps(replica(state=state), offers=LOST, apps=apps) == [
-            mark(ReplicaState.STARTING, "node server is lost")
-        ]
+        assert steps(replica(state=state), offers=LOST, apps=apps) == [UNSEEN]
 
     def test_one_that_died_with_its_node_did_not_fail(self):
         # bug reported
         own = replica(state=ReplicaState.READY, reason="serving")
-        assert steps(own, offers=LOST, apps={APP: FAILED}) == [
-            mark(ReplicaState.STARTING, "node server is lost")
-        ]
+        assert steps(own, offers=LOST, apps={APP: FAILED}) == [UNSEEN]
 
 
 class TestRestart:
-    @pytest.mark.parametrize("state", [ReplicaState.STARTING, ReplicaState.READY])
+    @pytest.mark.parametrize("state", SERVING)
     def test_lost_application_is_started_again(self, state):
         own = replica(state=state)
-        assert steps(own) == [mark(ReplicaState.STARTING, "replica starting"), Start(own)]
+        assert steps(own) == [BEGIN, Start(own)]
 
     def test_those_that_shared_a_gpu_start_one_after_the_other(self):
         one = replica("a", ReplicaState.READY, "serving", gpu_milli=500)
         two = replica("b", ReplicaState.READY, "serving", gpu_milli=500)
         wait = mark(ReplicaState.WAITING, "another engine is starting on its GPU", "b")
-        assert steps(one, two) == [
-            mark(ReplicaState.STARTING, "replica starting", "a"),
-            Start(one),
-            wait,
-        ]
+        assert steps(one, two) == [replace(BEGIN, replica_id="a"), Start(one), wait]
 
     def test_also_if_the_node_came_back_later_than_the_rest(self):
         # bug reported
@@ -193,7 +179,7 @@ class TestRestart:
 
 class TestEnding:
     @pytest.mark.parametrize("app", [RUNNING, STARTING, FAILED])
-    @pytest.mark.parametrize("state", [ReplicaState.STOPPING, ReplicaState.FREEING])
+    @pytest.mark.parametrize("state", ENDING)
     def test_its_application_is_removed_first(self, state, app):
         assert steps(replica(state=state), apps={APP: app}) == [Remove(APP)]
 
@@ -213,6 +199,10 @@ class TestEnding:
         old, own = replica("old", *FREEING), replica(reason="its GPU is being freed")
         assert steps(old, own, server=[]) == [Forget("old")]
         assert Start(own) in steps(own, server=[])
+
+    def test_a_lost_node_may_come_back_with_its_processes(self):
+        # bug reported
+        assert steps(replica(state=ReplicaState.FREEING), offers=LOST) == []
 
     def test_nothing_is_left_on_a_node_that_has_left(self):
         left = {"server": replace(OFFER, state=OfferState.LEFT)}
@@ -239,8 +229,8 @@ class TestStrangers:
 class FakeCluster:
     """Nodes n0 (two GPUs) and n1 (one), where engines take three ticks to start.
 
-    Refuses what must not happen: two engines starting on a GPU, more than a GPU, a GPU whose
-    memory is still taken. What Serve restarts itself is not the plan's doing.
+    Refuses to start two engines at once on a GPU, or more than is free of it. What Serve restarts
+    by itself is not the plan's doing. What an application leaves behind runs until it is ended.
     """
 
     TICKS = 3
@@ -251,97 +241,159 @@ class FakeCluster:
             for name, count in (("n0", 2), ("n1", 1))
         }
         self.replicas = {}
-        self.left = {}  # ticks until an application serves; None: it failed
-        self.processes = {}  # place of each that runs
-        self.stuck = set()  # processes that only End ends
-        self.memory = {}  # ticks until the memory of a GPU is free
+        self.apps = {}  # ticks until each serves; None: it failed
+        self.processes = {}  # where each runs
+        self.released = []  # places whose memory is not free yet
+        self.silent = False  # whether nodes do not say what runs on them
         self.number = 0
-        self.answers = True
-
-    def lives(self, place):
-        return self.offers[place.node_id].state is not OfferState.LOST
 
     def order(self, node_id, gpu_indices, milli):
         """What matching would allow: shares of all that are to stay never exceed a GPU."""
-        gpus = [(node_id, i) for i in gpu_indices if i < len(self.offers[node_id].gpus)]
-        used = [self.wanted_milli(gpu) for gpu in gpus]
-        if gpus and max(used) + milli <= 1000:
-            self.number += 1
-            own = replica(
-                f"r{self.number}",
-                age_s=self.number,
-                offer_id=node_id,
-                node_id=node_id,
-                gpu_indices=tuple(index for _, index in gpus),
-                gpu_milli=milli,
-            )
+        place = Place(node_id, node_id, gpu_indices, milli)
+        own = replace(replica(f"r{self.number}", age_s=self.number), place=place)
+        places = [r.place for r in self.replicas.values() if r.state not in ENDING]
+        if all(used_milli(places, gpu) + milli <= 1000 for gpu in gpus_of(own.place)):
             self.replicas[own.replica_id] = own
+            self.number += 1
 
-    def wanted_milli(self, gpu):
-        ending = (ReplicaState.STOPPING, ReplicaState.FREEING)
-        places = [r.place for r in self.replicas.values() if r.state not in ending]
-        return sum(p.gpu_milli for p in places if gpu in gpus_of(p))
+    def stop(self, number):
+        for name in sorted(self.replicas)[number : number + 1]:
+            self.replicas[name] = replace(self.replicas[name], state=ReplicaState.STOPPING)
 
-    def apps(self):
-        status = {None: FAILED, 0: RUNNING}
-        return {f"model-{name}": status.get(left, STARTING) for name, left in self.left.items()}
+    def fail(self, number):
+        for name in [n for n, ticks in sorted(self.apps.items()) if ticks][number : number + 1]:
+            self.apps[name] = None
+            self.processes.pop(name, None)
 
-    def leftovers(self):
-        return {name for name in self.processes if name not in self.left}
+    def kill(self, number):
+        """Serve replaces the process."""
+        for name in [n for n, ticks in sorted(self.apps.items()) if ticks == 0][number:][:1]:
+            self.apps[name] = self.TICKS
+
+    def restart(self):
+        """The whole cluster: only what is wanted is known again."""
+        self.apps.clear()
+        self.processes.clear()
+        self.released.clear()
+
+    def lose(self, node_id, dead):
+        """The node is not seen any more; its processes may live on."""
+        self.offers[node_id] = replace(self.offers[node_id], state=OfferState.LOST)
+        for name in [n for n, place in self.processes.items() if dead and place.node_id == node_id]:
+            del self.processes[name]
+            self.apps.update(dict.fromkeys({name} & set(self.apps), self.TICKS))
+
+    def find(self, node_id):
+        self.offers[node_id] = replace(self.offers[node_id], state=OfferState.OPEN)
+
+    def hush(self, silent):
+        self.silent = silent
 
     def seen(self):
-        there, taken = {}, {gpu for gpu, ticks in self.memory.items() if ticks}
-        taken |= {gpu for name in self.leftovers() for gpu in gpus_of(self.processes[name])}
-        for node_id, offer in self.offers.items():
-            if self.answers and offer.state is not OfferState.LOST:
-                here = [name for name, p in self.processes.items() if p.node_id == node_id]
-                there[node_id] = frozenset(here)
-        return Seen(self.apps(), there, frozenset(gpu for gpu in taken if gpu[0] in there))
+        apps = {}
+        for name, ticks in self.apps.items():
+            lives = name in self.processes and self.lives(self.processes[name])
+            serves = RUNNING if ticks == 0 and lives else STARTING
+            apps[f"model-{name}"] = FAILED if ticks is None else serves
+        there = {
+            node_id: frozenset(n for n, p in self.processes.items() if p.node_id == node_id)
+            for node_id, offer in self.offers.items()
+            if not self.silent and offer.state is OfferState.OPEN
+        }
+        left = [*self.released, *(p for n, p in self.processes.items() if n not in self.apps)]
+        taken = {gpu for place in left for gpu in gpus_of(place) if gpu[0] in there}
+        return Seen(apps, there, frozenset(taken))
+
+    def lives(self, place):
+        return self.offers[place.node_id].state is OfferState.OPEN
 
     def act(self):
-        """One round; returns what was done."""
         made = plan(self.replicas.values(), self.offers, {}, self.seen(), NOON)
         for step in made:
             match step:
                 case Mark(name, state, reason):
-                    self.replicas[name] = replace(
-                        self.replicas[name], state=state, reason=reason
-                    )
+                    self.replicas[name] = replace(self.replicas[name], state=state, reason=reason)
                 case Forget(name):
                     del self.replicas[name]
                 case Start(own):
                     self.start(own.replica_id, own.place)
                 case Remove(app_name):
-                    self.left.pop(app_name.removeprefix("model-"))
+                    del self.apps[app_name.removeprefix("model-")]
                 case End(name, _):
-                    self.end(name)
+                    self.released.append(self.processes.pop(name))
         return made
 
+    def rounds(self, count):
+        for _ in range(count):
+            self.act()
+            self.tick()
+
     def start(self, name, place):
-        if name in self.left:
+        if name in self.apps:
             return
         assert self.lives(place)
         for gpu in gpus_of(place):
             others = {n: p for n, p in self.processes.items() if gpu in gpus_of(p) and n != name}
-            assert all(self.left.get(other) in (0, None) for other in others), "two starts"
-            assert sum(p.gpu_milli for p in others.values()) + place.gpu_milli <= 1000
-            assert not self.memory.get(gpu), "its memory is taken"
-        self.left[name] = self.TICKS
+            assert not any(self.apps.get(other) for other in others), "two start at once"
+            places = [*others.values(), *self.released]
+            assert used_milli(places, gpu) + place.gpu_milli <= 1000, "more than a GPU"
+        self.apps[name] = self.TICKS
         self.processes[name] = place
 
-    def end(self, name):
-        place = self.processes.pop(name)
-        self.stuck.discard(name)
-        self.memory.update(dict.fromkeys(gpus_of(place), 1))
-
     def tick(self):
-        for name, left in self.left.items():
-            if left and name in self.processes:
-                self.left[name] = left - 1
-        self.memory = {gpu: max(0, ticks - 1) for gpu, ticks in self.memory.items()}
-        for name in self.leftovers() - self.stuck:
-            self.end(name)
+        self.released.clear()
+        for name, ticks in self.apps.items():
+            own = self.replicas.get(name)
+            if ticks and own is not None and self.lives(own.place):
+                self.processes.setdefault(name, own.place)
+                self.apps[name] = ticks - 1
 
 
 def gpus_of(place):
     return [(place.node_id, index) for index in place.gpu_indices]
+
+
+def used_milli(places, gpu):
+    return sum(place.gpu_milli for place in places if gpu in gpus_of(place))
+
+
+def does(name, *arguments):
+    return st.tuples(st.just(name), *arguments)
+
+
+nodes = st.sampled_from(["n0", "n1"])
+numbers = st.integers(0, 3)
+gpus = st.sampled_from([("n0", (0,)), ("n0", (1,)), ("n0", (0, 1)), ("n1", (0,)), ("n1", ())])
+orders = st.tuples(gpus, st.sampled_from([1000, 500, 400, 300])).map(
+    lambda drawn: ("order", *drawn[0], drawn[1])
+)
+events = st.one_of(
+    orders,
+    does("rounds", st.integers(1, 4)),
+    does("stop", numbers),
+    does("fail", numbers),
+    does("kill", numbers),
+    does("restart"),
+    does("lose", nodes, st.booleans()),
+    does("find", nodes),
+    does("hush", st.booleans()),
+)
+
+
+@given(st.lists(orders, min_size=4, max_size=6), st.lists(events, max_size=30))
+@settings(max_examples=150, deadline=None)
+def test_whatever_happens_it_ends_as_wanted_and_no_gpu_is_given_twice(first, later):
+    # bug reported
+    cluster = FakeCluster()
+    for name, *arguments in [*first, ("rounds", 15), *later]:
+        getattr(cluster, name)(*arguments)
+    cluster.hush(False)
+    for node_id in cluster.offers:
+        cluster.find(node_id)
+    wanted = {name for name, r in cluster.replicas.items() if r.state not in ENDING}
+    cluster.rounds(60)
+    assert cluster.act() == []
+    states = {name: r.state for name, r in cluster.replicas.items()}
+    ready = {name for name in states if states[name] is ReplicaState.READY}
+    assert set(cluster.processes) == ready <= set(cluster.apps) <= set(states) == wanted
+    assert {states[name] for name in wanted - ready} <= {ReplicaState.FAILED}
