@@ -44,7 +44,7 @@ class Oversubscribed(Exception):
         return f"{what} of {self.node_id} at {self.at}"
 
 
-class Booking(msgspec.Struct, frozen=True):
+class _Booking(msgspec.Struct, frozen=True):
     """``gpu_milli`` of each of the GPUs; while it waits for any, ``gpu_indices`` is empty."""
 
     booking_id: str
@@ -70,11 +70,12 @@ class _Profile:
 
     def first_above(self, limit: int, start: int, end: int) -> int | None:
         """The first instant of [start, end) whose value exceeds the limit; None if none does."""
-        first = bisect_right(self.times, start) - 1
-        for index in range(first, bisect_left(self.times, end, first)):
-            if self.values[index] > limit:
-                return max(start, self.times[index])
-        return None
+        if self.highest(start, end) <= limit:
+            return None
+        index = bisect_right(self.times, start) - 1
+        while self.values[index] <= limit:
+            index += 1
+        return max(start, self.times[index])
 
     def add(self, amount: int, start: int, end: int) -> None:
         """Add to all of [start, end)."""
@@ -107,9 +108,9 @@ class _Node:
         self.gpus: list[_Profile] = []
         self.load = _Profile()
         self.claims = _Profile()
-        self.bookings: dict[str, Booking] = {}
+        self.bookings: dict[str, _Booking] = {}
 
-    def blocked(self, booking: Booking, start: int) -> tuple[int, int | None] | None:
+    def blocked(self, booking: _Booking, start: int) -> tuple[int, int | None] | None:
         """When and where (None: on all GPUs) it lacks something from start on; None if it fits."""
         limit, end = GPU_MILLI - booking.gpu_milli, booking.end
         for index in booking.gpu_indices:
@@ -120,7 +121,7 @@ class _Node:
         at = self.claims.first_above(len(self.gpus) - 1, start, end)
         return None if at is None else (at, None)
 
-    def add(self, sign: int, booking: Booking, start: int) -> None:
+    def add(self, sign: int, booking: _Booking, start: int) -> None:
         """Add (1) or take away (-1) what the booking needs from start to its end."""
         milli, end = sign * booking.gpu_milli, booking.end
         for index in booking.gpu_indices:
@@ -193,7 +194,7 @@ class Calendar:
 
     def __init__(self) -> None:
         self._nodes: _Known[_Node] = _Known()
-        self._bookings: _Known[Booking] = _Known()
+        self._bookings: _Known[_Booking] = _Known()
         self._expired = _PAST
 
     def set_node(self, node_id: str, gpu_count: int) -> None:
@@ -223,7 +224,7 @@ class Calendar:
     ) -> None:
         """Fix ``gpu_milli`` on each of these GPUs. Raises Oversubscribed and changes nothing."""
         stop = self._exact(node_id, gpu_indices, gpu_milli, start, end)
-        self._put(Booking(booking_id, node_id, gpu_indices, gpu_milli, start, stop), start)
+        self._put(_Booking(booking_id, node_id, gpu_indices, gpu_milli, start, stop), start)
 
     def book_any(self, booking_id: str, node_id: str, start: int, end: int | None) -> int | None:
         """Promise one whole GPU; which is decided by ``bind``. Raises Oversubscribed like ``book``.
@@ -233,7 +234,7 @@ class Calendar:
         """
         node, stop = self._nodes[node_id], self._stop(start, end)
         early = None if node.may_wait(start, stop) else node.pick(1, GPU_MILLI, start, stop)
-        self._put(Booking(booking_id, node_id, early or (), GPU_MILLI, start, stop), start)
+        self._put(_Booking(booking_id, node_id, early or (), GPU_MILLI, start, stop), start)
         return early[0] if early else None
 
     def bind(self, booking_id: str) -> int:
@@ -351,8 +352,7 @@ class Calendar:
         self, node_id: str, gpu_indices: Sequence[int], gpu_milli: int, start: int, end: int | None
     ) -> tuple[str, ...]:
         """Ids of the bookings in the way of ``book``, in the order in which they were made."""
-        stop = self._exact(node_id, gpu_indices, gpu_milli, start, end)
-        node = self._nodes[node_id]
+        stop, node = self._exact(node_id, gpu_indices, gpu_milli, start, end), self._nodes[node_id]
         broken = node.overclaimed(gpu_indices, stop)
         needed_at = max(broken[0], self._expired) if broken else _PAST
         found = []
@@ -382,7 +382,7 @@ class Calendar:
     def _since(self, start: int) -> int:
         return start if start > self._expired else _PAST
 
-    def _put(self, booking: Booking, since: int) -> None:
+    def _put(self, booking: _Booking, since: int) -> None:
         if since == booking.start and booking.booking_id in self._bookings:
             raise ValueError(f"booking id used before: {booking.booking_id}")
         node, start = self._nodes[booking.node_id], self._since(since)
@@ -391,7 +391,7 @@ class Calendar:
         node.add(1, booking, start)
         self._keep(booking)
 
-    def _keep(self, booking: Booking) -> None:
+    def _keep(self, booking: _Booking) -> None:
         bookings = self._nodes[booking.node_id].bookings
         if max(booking.start, self._expired) < booking.end:
             self._bookings[booking.booking_id] = bookings[booking.booking_id] = booking

@@ -250,11 +250,13 @@ class Sight:
     """What was seen of a lease's replica: ``run`` identifies the process that serves, if any.
 
     ``last`` is when ``lease.run_replica`` was seen before; None if that is not known any more.
+    ``at`` is when this was seen, if not just now: nothing later is charged on its word.
     """
 
     run: str | None
     last: datetime | None
     node_lost: bool = False
+    at: datetime | None = None
 
 
 def meter(lease: Lease, now: datetime, sight: Sight) -> tuple[Lease, list[Segment]]:
@@ -269,7 +271,8 @@ def meter(lease: Lease, now: datetime, sight: Sight) -> tuple[Lease, list[Segmen
     if now <= lease.metered_until:
         return _run(lease, sight.run, now), segments
     if lease.run_replica is not None and lease.run_replica == sight.run:
-        return _charge(lease, now - DETECTION, segments, whole=True)
+        # A node that fell silent still looks healthy for a while: so short a time can wait.
+        return _charge(lease, now - NODE_DETECTION, segments, whole=True)
     if lease.run_replica is not None:
         lag = NODE_DETECTION if sight.node_lost else DETECTION
         known = lease.metered_until if sight.last is None else sight.last - lag
@@ -289,7 +292,8 @@ def meter_to_end(lease: Lease, now: datetime, sight: Sight) -> tuple[Lease, list
     now = min(now, lease.end)
     segments: list[Segment] = []
     if lease.run_replica is not None and lease.run_replica == sight.run:
-        lease, segments = _charge(lease, now, segments, whole=False)
+        seen_until = now if sight.at is None else min(now, sight.at)
+        lease, segments = _charge(lease, seen_until, segments, whole=False)
     elif lease.run_replica is not None:
         lease, segments = meter(lease, now, sight)
     return _credit(lease, now, segments, _why(lease))

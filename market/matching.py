@@ -63,7 +63,7 @@ def match(
         found = _pick(order, model, same, calendar, (start, end), later, classes)
         if found is not None:
             return found
-    earliest = _earliest(order, suitable, calendar, start)
+    earliest = _earliest(order, model, offers, calendar, start)
     reasons = [(o, against[o.offer_id] or _no_room(order, o, calendar, start, end)) for o in offers]
     return Misfit(_explain(order, reasons, earliest), earliest)
 
@@ -142,7 +142,7 @@ def _against(  # one line per rule
     if order.gpu_type is not None and offer.gpu_type != order.gpu_type:
         return f"has {offer.gpu_type}, not {order.gpu_type}"
     if order.gpu_memory_mib is not None and memory_mib < order.gpu_memory_mib:
-        return f"has GPUs of {_gib(memory_mib)} GiB, not {_gib(order.gpu_memory_mib)}"
+        return f"has GPUs of {memory_mib // MIB_PER_GIB} GiB, not {_gib(order.gpu_memory_mib)}"
     if len(offer.gpus) < order.gpu_count:
         return f"has only {len(offer.gpus)} GPU(s)"
     if share_mib < model.memory_mib:
@@ -175,28 +175,32 @@ def _explain(order: Order, reasons: Sequence[tuple[Offer, str]], earliest: datet
     offers_by_reason: dict[str, list[str]] = defaultdict(list)
     for offer, reason in sorted(reasons, key=lambda pair: pair[0].offer_id):
         offers_by_reason[reason].append(offer.offer_id)
-    parts = [f"{', '.join(names)} {reason}" for reason, names in offers_by_reason.items()]
+    parts = [
+        f"{', '.join(names)}{' each' if len(names) > 1 else ''} {reason}"
+        for reason, names in offers_by_reason.items()
+    ]
     hint = f"; it would fit from {_clock(earliest)} on" if earliest is not None else ""
     return f"no offer has room for {_share(order)}: {'; '.join(parts)}{hint}"
 
 
 def _earliest(
-    order: Order, offers: Sequence[Offer], calendar: Calendar, after: datetime
+    order: Order, model: Model, offers: Sequence[Offer], calendar: Calendar, after: datetime
 ) -> datetime | None:
     """The first start at which some offer has room for the whole term."""
-    term_us = order.term_s * 10**6
-    found = [
-        moment
-        for offer in offers
-        for moment in [
-            calendar.earliest(
-                offer.node_id, order.gpu_count, order.gpu_milli, term_us, micros(after)
-            )
-        ]
-        if moment is not None
-        and (offer.available_until is None or moment + term_us <= micros(offer.available_until))
-    ]
-    return after + (min(found) - micros(after)) * MICRO if found else None
+    term = timedelta(seconds=order.term_s)
+    found = []
+    for offer in offers:
+        start = max(after, offer.available_from or after)
+        if _against(order, model, offer, start, start + term):
+            continue
+        shape = (order.gpu_count, order.gpu_milli, term // MICRO)
+        moment_us = calendar.earliest(offer.node_id, *shape, micros(start))
+        if moment_us is None:
+            continue
+        moment = start + (moment_us - micros(start)) * MICRO
+        if offer.available_until is None or moment + term <= offer.available_until:
+            found.append(moment)
+    return min(found, default=None)
 
 
 # -- pools ---------------------------------------------------------------------------------
@@ -214,7 +218,13 @@ def place_pool(
 
     ``cpu_memory_mib`` is what is taken of the memory of nodes without GPUs, by offer.
     """
-    usable = [o for o in offers if o.state is OfferState.OPEN and o.available_until is None]
+    usable = [
+        o
+        for o in offers
+        if o.state is OfferState.OPEN
+        and o.available_until is None
+        and (o.available_from is None or o.available_from <= now)
+    ]
     rooms = {
         o.offer_id: node_room(o, calendar.room(o.node_id, micros(now), None))
         for o in usable

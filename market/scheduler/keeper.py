@@ -5,7 +5,7 @@ Each part may fail alone; the next round tries again. Nothing here is in a reque
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -37,6 +37,7 @@ ROUND_S = 0.5
 LOOK_TIMEOUT_S = 10.0
 FUNDS_RETRY_S = 2.0
 SEND_MAX = 1024
+REJOIN_S = 90.0
 TIDY_S = 60.0
 SERVING = (ReplicaState.STARTING, ReplicaState.READY)
 
@@ -51,11 +52,13 @@ class Keeper:
         self._pools = pools
         self._send = send
         self._view: ClusterView | None = None
+        self._viewed_at: datetime | None = None
         self._seen_runs: dict[str, datetime] = {}
         self._lost_since_s: dict[str, float] = {}
         self._asked_funds_s: dict[str, float] = {}
         self._working: dict[str, asyncio.Task[None]] = {}
         self._swept: set[str] = set()
+        self._nodes_seen: set[str] = set()
         self._tidied_s = float("-inf")
 
     async def run_forever(self) -> None:
@@ -95,6 +98,7 @@ class Keeper:
 
     def sight(self, lease: Lease, view: ClusterView | None = None) -> Sight:
         """What is seen of a lease's replica, now or in the last view."""
+        at = self._viewed_at if view is None else None
         view = view or self._view
         lost = self._core.state.offers[lease.offer_id].state is OfferState.LOST
         last = self._seen_runs.get(lease.lease_id)
@@ -103,7 +107,7 @@ class Keeper:
         for replica in self._core.replicas_of(lease.lease_id):
             app = view.apps.get(replica.app_name)
             if replica.state in SERVING and app is not None and not lost:
-                return Sight(app.run, last, lost)
+                return Sight(app.run, last, lost, at)
         return Sight(None, last, lost)
 
     # -- parts of a round --------------------------------------------------------------------
@@ -121,7 +125,8 @@ class Keeper:
         view = await asyncio.wait_for(asyncio.to_thread(self._core.cluster.look), LOOK_TIMEOUT_S)
         async with self._core.lock:
             await self._nodes.see(view.nodes)
-        self._view = view
+        self._view, self._viewed_at = view, self._core.clock.now()
+        self._nodes_seen |= view.nodes
         return view
 
     async def _advance(self, view: ClusterView, now: datetime) -> None:
@@ -174,7 +179,7 @@ class Keeper:
                 continue
             since_s = self._lost_since_s.setdefault(offer.offer_id, clock_s)
             self._swept.discard(offer.node_id)
-            if clock_s - since_s < self._core.config.node_patience_s:
+            if clock_s - since_s < self._patience_s(offer.node_id):
                 continue
             reason = f"node {offer.node_id} was lost"
             for lease in self._core.open_leases():
@@ -184,6 +189,11 @@ class Keeper:
                     await self._orders.close_locked(lease.lease_id, Event.LOSE_NODE, sight, reason)
             for replica in self._pool_replicas_on(offer.offer_id):
                 await self._pools.replace_lost(replica, reason)
+
+    def _patience_s(self, node_id: str) -> float:
+        """How long a node may be lost; longer if it is about to join a market just started."""
+        patience_s = self._core.config.node_patience_s
+        return patience_s if node_id in self._nodes_seen else max(patience_s, REJOIN_S)
 
     def _pool_replicas_on(self, offer_id: str) -> list[Replica]:
         state = self._core.state
@@ -231,7 +241,8 @@ class Keeper:
                 if replica.deployment_id in state.leases
             }
             seen = Seen(view.apps, residents, memory)
-            steps = reconcile.plan(state.replicas.values(), state.offers, starts, seen, now)
+            replicas = self._with_clean_nodes(residents)
+            steps = reconcile.plan(replicas, state.offers, starts, seen, now)
             for step in steps:
                 await self._decide(step)
             await self._forget_deployments()
@@ -261,6 +272,19 @@ class Keeper:
             taken.update((node_id, index) for index in used)
             self._swept.add(node_id)
         return residents, frozenset(taken)
+
+    def _with_clean_nodes(self, residents: Mapping[str, frozenset[str]]) -> list[Replica]:
+        """All replicas but those that wait for a node where leftovers run: these must end first."""
+        replicas = self._core.state.replicas
+        homes = {name: replica.place.node_id for name, replica in replicas.items()}
+        dirty = {
+            node for node, found in residents.items() if any(homes.get(n) != node for n in found)
+        }
+        return [
+            replica
+            for replica in replicas.values()
+            if replica.state is not ReplicaState.WAITING or replica.place.node_id not in dirty
+        ]
 
     def _others_milli(self, node_id: str) -> dict[int, int]:
         """Shares of a node's GPUs that running replicas may use."""

@@ -12,9 +12,6 @@ from market.types import AppStatus, Offer, OfferState, Place, Replica, ReplicaSt
 
 APP_PREFIX = "model-"
 WHOLE_GPU = 1000
-# While one of these is on a GPU no other engine may start there: two that profile its memory at
-# once misjudge it.
-_BUSY = (ReplicaState.STARTING,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +85,9 @@ def plan(
     for app_name in sorted(seen.apps):
         if app_name.startswith(APP_PREFIX) and app_name not in names:
             steps.append(Remove(app_name))
-    steps.extend(_strangers(wanted, seen))
+    strangers = _strangers(wanted, seen)
+    steps.extend(strangers)
+    crowded = {step.node_id for step in strangers}
     used: Counter[tuple[str, int]] = Counter()
     for replica in wanted:
         if replica.state is not ReplicaState.WAITING:
@@ -96,7 +95,7 @@ def plan(
     busy = {
         gpu
         for replica in wanted
-        if replica.state in _BUSY and _lives(offers, replica.place)
+        if _is_starting(seen.apps.get(replica.app_name)) and _lives(offers, replica.place)
         for gpu in _gpus(replica.place)
     }
     for replica in wanted:
@@ -104,7 +103,8 @@ def plan(
             steps.extend(_steps(replica, offers, seen, busy))
     for replica in wanted:
         if replica.state is ReplicaState.WAITING:
-            steps.extend(_start(replica, offers, starts, used, busy, now))
+            free = replica.place.node_id not in crowded
+            steps.extend(_start(replica, offers, starts, used, busy, now, free))
     return steps
 
 
@@ -115,6 +115,7 @@ def _start(
     used: Counter[tuple[str, int]],
     busy: set[tuple[str, int]],
     now: datetime,
+    free: bool,
 ) -> list[Step]:
     """Start what waits, if its moment has come and its GPUs are free and quiet."""
     place, gpus = replica.place, _gpus(replica.place)
@@ -124,7 +125,7 @@ def _start(
         reason = f"booked from {start:%Y-%m-%d %H:%M:%S} UTC on"
     elif not _lives(offers, place):
         reason = f"node {place.node_id} is {_state(offers, place)}"
-    elif any(used[gpu] + place.gpu_milli > WHOLE_GPU for gpu in gpus):
+    elif not free or any(used[gpu] + place.gpu_milli > WHOLE_GPU for gpu in gpus):
         reason = "its GPU is being freed"
     elif busy.intersection(gpus):
         reason = "another engine is starting on its GPU"
@@ -151,12 +152,12 @@ def _steps(
         return _free(replica, offers, seen)
     if app is None:
         return _again(replica, offers, busy)
+    if not _lives(offers, replica.place) and replica.state is not ReplicaState.FAILED:
+        reason = f"node {replica.place.node_id} is {_state(offers, replica.place)}"
+        return _mark(replica, ReplicaState.STARTING, reason)
     if app.failed:
         reason = app.message or "the replica did not start"
         return _mark(replica, ReplicaState.FAILED, reason)
-    if not _lives(offers, replica.place):
-        reason = f"node {replica.place.node_id} is {_state(offers, replica.place)}"
-        return _mark(replica, ReplicaState.STARTING, reason)
     if app.run is not None:
         return _mark(replica, ReplicaState.READY, "serving")
     return _mark(replica, ReplicaState.STARTING, app.message or "replica starting")
@@ -166,11 +167,10 @@ def _again(replica: Replica, offers: Mapping[str, Offer], busy: set[tuple[str, i
     """The application is gone though it is wanted: the cluster was restarted."""
     if replica.state is ReplicaState.FAILED:
         return []
-    others = busy.difference(_gpus(replica.place)) if replica.state in _BUSY else busy
     if not _lives(offers, replica.place):
         reason = f"node {replica.place.node_id} is {_state(offers, replica.place)}"
         return _mark(replica, ReplicaState.STARTING, reason)
-    if others.intersection(_gpus(replica.place)):
+    if busy.intersection(_gpus(replica.place)):
         return _mark(replica, ReplicaState.WAITING, "another engine is starting on its GPU")
     busy.update(_gpus(replica.place))
     return [*_mark(replica, ReplicaState.STARTING, "replica starting"), Start(replica)]
@@ -181,7 +181,7 @@ def _free(replica: Replica, offers: Mapping[str, Offer], seen: Seen) -> list[Ste
     place = replica.place
     if replica.app_name in seen.apps:
         return [Remove(replica.app_name)]
-    if not _lives(offers, place):
+    if _state(offers, place) is OfferState.LEFT:
         return [Forget(replica.replica_id)]
     residents = seen.residents.get(place.node_id)
     if residents is None:
@@ -193,7 +193,7 @@ def _free(replica: Replica, offers: Mapping[str, Offer], seen: Seen) -> list[Ste
     return [Forget(replica.replica_id)]
 
 
-def _strangers(wanted: Iterable[Replica], seen: Seen) -> list[Step]:
+def _strangers(wanted: Iterable[Replica], seen: Seen) -> list[End]:
     """Processes of replicas that nobody wants, or not on that node: a node came back with them."""
     homes = {replica.replica_id: replica.place.node_id for replica in wanted}
     return [
@@ -202,6 +202,14 @@ def _strangers(wanted: Iterable[Replica], seen: Seen) -> list[Step]:
         for replica_id in sorted(residents)
         if homes.get(replica_id) != node_id
     ]
+
+
+def _is_starting(app: AppStatus | None) -> bool:
+    """Whether an engine starts, by us or by Serve.
+
+    No other may start on its GPU meanwhile: two that profile its memory at once misjudge it.
+    """
+    return app is not None and app.run is None and not app.failed
 
 
 def _gpus(place: Place) -> list[tuple[str, int]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from market import catalog, leases
 from market.config import Config
-from market.errors import Conflict, NotFound, PermissionDenied
+from market.errors import Conflict, InvalidRequest, NotFound, PermissionDenied
 from market.leases import Event
 from market.ports import Clock
 from market.scheduler.core import Cluster, Core, LedgerPort, SendUsage
@@ -182,6 +182,8 @@ class Scheduler:
     async def renew(self, lease_id: str, term_s: int, tenant_id: str | None = None) -> Lease:
         """Let a lease last longer at its price. Raises NotFound, Conflict."""
         await self.lease(lease_id, tenant_id)
+        if term_s <= 0:
+            raise InvalidRequest("term: how much longer, e.g. 7d", param="term")
         return await self._orders.renew(lease_id, timedelta(seconds=term_s))
 
     async def release(self, lease_id: str, tenant_id: str | None = None) -> Lease:

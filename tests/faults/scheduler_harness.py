@@ -59,8 +59,10 @@ POINTS = (
     *("order-granted", "lease-renewed", "lease-bound", "lease-moved"),
 )
 # How often a point may be passed before the process dies there; once where it is rare.
-MOST = {"before-commit": 60, "committed": 60, "segments-sent": 8, "steps-decided": 12}
-MOST |= {"step-done": 8, "lease-held": 5, "order-granted": 3}
+MOST = {"before-commit": 40, "committed": 40, "segments-sent": 6, "steps-decided": 8}
+MOST |= {"step-done": 8, "lease-held": 4, "order-granted": 3}
+# What leads to a rare point.
+CAUSES = {"lease-renewed": "renew", "lease-bound": "order", "lease-moved": "lose"}
 LEDGER_POINTS = harness.LEDGER_POINTS[:7]
 ANY_MOMENT = "any moment"
 # The rich one never runs out of money, so no lease of it may end for lack of it.
@@ -244,16 +246,12 @@ class WitnessedStore(Store):
     async def save(self, values=(), gone=(), records=(), epoch=None):
         kept, deleted, state = list(values), list(gone), self.state
         after = {_shelf_key(v): None for v in deleted} | {_shelf_key(v): v for v in kept}
-        change = 0
-        for (shelf, key), value in after.items():
-            before = getattr(state, shelf).get(key)
-            change += (value is not None and _digest(value)) - (before is not None and
-                                                                _digest(before))  # fmt: skip
-        numbered = enumerate(records, state.next_seq)
-        change += sum(_digest((seq, *row)) for seq, row in numbered)
+        before = {(shelf, key): getattr(state, shelf).get(key) for shelf, key in after}
+        change = sum(_digest(value) for value in after.values() if value is not None)
+        change -= sum(_digest(value) for value in before.values() if value is not None)
+        change += sum(_digest((seq, *row)) for seq, row in enumerate(records, state.next_seq))
         sender = (epoch or state.epoch, state.next_seq + len(records))
-        change += _digest(("sender", *sender))
-        change -= _digest(("sender", state.epoch, state.next_seq))
+        change += _digest(("sender", *sender)) - _digest(("sender", state.epoch, state.next_seq))
         await self._witnessed(change, super().save(kept, deleted, records, epoch))
 
     async def sent(self, before_seq):
@@ -434,7 +432,7 @@ class Case(harness.Case):
         self.elapsed_us = 0
         self.fingerprint = fingerprint(State())
         self.deposited = Counter()
-        self.charged_s = self.credited_s = self.leases = 0
+        self.counts = Counter()
 
     @property
     def now(self) -> datetime:
@@ -570,15 +568,17 @@ class Script:
         *(("leave", 0.5), ("open_pool", 1), ("undeploy", 0.5), ("reprice", 1), ("wait", 6)),
     )
 
-    def __init__(self, market: Market) -> None:
+    def __init__(self, market: Market, point: str | None) -> None:
         self._market, self._case = market, market.case
+        self._weights = dict(self.WEIGHTS)
+        if point in CAUSES:
+            self._weights[CAUSES[point]] += 8
         self._rng = market.case.rng
         self._orders: list[tuple[Order, bool]] = []
         self._offers = {offer.offer_id: offer for offer in OFFERS}
 
     def step(self) -> list[tuple]:
-        names, weights = zip(*self.WEIGHTS, strict=True)
-        (name,) = self._rng.choices(names, weights)
+        (name,) = self._rng.choices(list(self._weights), list(self._weights.values()))
         return getattr(self, f"_{name}")() or []
 
     def missing_offers(self) -> list[tuple]:
@@ -665,7 +665,7 @@ class Script:
 
     def _reprice(self):
         for name in self._one("offers"):
-            ask_pico = self._rng.randint(1, 2 * 10**12)
+            ask_pico = self._rng.choice((0, self._rng.randint(1, 2 * 10**12)))
             offer = replace(self._offers[name], ask_pico=ask_pico, priced_at=self._case.now)
             self._offers[name] = offer
             return [("offer", offer)]
@@ -693,7 +693,7 @@ def run_case(seed: int, home: Path, point: str | None = None) -> Case:
     case = Case(seed, home)
     market = Market(case)
     try:
-        script = Script(market)
+        script = Script(market, point)
         _prepare(market, script)
         for _ in range(case.rng.randint(4, 6)):
             _live(market, script, point)
@@ -722,6 +722,8 @@ def _live(market: Market, script: Script, point: str | None) -> None:
     """One life of the scheduler, from its start to its death or its close."""
     rng = market.case.rng
     chosen = point or rng.choice(POINTS)
+    if chosen == "stranger-ended":  # there must be a stranger
+        chosen = rng.choice(("lease-held", chosen))
     plan = f"{chosen}:{rng.randint(1, MOST.get(chosen, 1))}"
     opened = market.start(plan)
     for number in range(rng.randint(8, 25)):
@@ -924,9 +926,8 @@ def check_lease(case: Case, lease: Lease, rows, world: World):
     assert charged == gpu_us * lease.gpu_hour_pico // GPU_US_PER_HOUR, (recomputed, lease)
     said = (lease.healthy_us, lease.credited_us, lease.gpu_us, lease.charged_pico)
     assert said == recomputed, f"the lease says {said}, its rows {recomputed}: {lease}"
-    case.leases += 1
-    case.charged_s += healthy_us / 10**6
-    case.credited_s += credited_us / 10**6
+    counted = {"charged_s": healthy_us // 10**6, "credited_s": credited_us // 10**6}
+    case.counts.update(leases=1, segments=len(rows), **counted)
     return paid
 
 

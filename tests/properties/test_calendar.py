@@ -236,6 +236,13 @@ class CalendarMachine(RuleBasedStateMachine):
                 assert self.calendar.book_any(booking_id, p.node_id, p.start, p.until) is None
 
     @invariant()
+    def profiles_have_no_needless_steps(self):
+        for node in self.calendar._nodes.values():
+            for profile in (*node.gpus, node.load, node.claims):
+                assert all(a != b for a, b in itertools.pairwise(profile.values))
+                assert profile.values[-1] == 0
+
+    @invariant()
     def rule_holds(self):
         for node_id, gpu_count in NODES.items():
             assert allowed(list(self.promises.values()), node_id, self.expired)

@@ -136,13 +136,6 @@ class TestBookAny:
         assert refusal(calendar.book_any, "v", "a", 2, 5) == ("a", None, 3)
         assert [calendar.bind(booking_id) for booking_id in "xzyw"] == [0, 1, 0, 1]
 
-    def test_waits_behind_the_last_fixed_booking_of_a_gpu(self, calendar):
-        calendar.book("x", "a", (0,), 1, 0, 10)
-        calendar.book_any("y", "a", 0, 20)
-        assert calendar.book_any("z", "a", 10, 15) is None
-        assert calendar.bind("y") == 1
-        assert calendar.bind("z") == 0
-
     def test_takes_a_gap_at_once_if_it_cannot_wait(self, calendar):
         calendar.book("x", "a", (0, 1), 1000, 10, 20)
         assert calendar.any_room("a", 0, 10)
@@ -290,6 +283,13 @@ class TestRoom:
         assert calendar.room("a", 5, 15) == (400, 1000)
         assert calendar.room("a", 20, None) == (1000, 1000)
 
+    def test_is_the_most_of_what_can_be_had_if_others_wait(self):
+        calendar = with_nodes(a=3)
+        calendar.book("x", "a", (0,), 300, 0, 10)
+        calendar.book_any("y", "a", 12, 20)
+        calendar.book_any("z", "a", 12, 20)
+        assert calendar.room("a", 0, 20) == (0, 1000, 0)
+
 
 class TestPick:
     def test_fills_gpus_that_are_shared_already(self):
@@ -361,12 +361,11 @@ class TestBestNode:
 
     def test_takes_empty_nodes_last_and_ties_by_id(self):
         calendar = with_nodes(a=2, b=2, c=2)
-        assert calendar.best_node(["c", "b", "a"], 2, 1000, 0, 10) == "a"
+        assert calendar.best_node(["c", "b", "a"], 2, 1000, 60, 70) == "a"
         calendar.book("x", "c", (0,), 1, 50, None)
-        calendar.book("y", "b", (0,), 1, 50, None)
-        assert calendar.best_node(["c", "b", "a"], 2, 1000, 0, None) == "a"
-        assert calendar.best_node(["c", "b", "a"], 2, 1000, 60, None) == "a"
-        assert calendar.best_node(["c", "b", "a"], 2, 999, 60, None) == "b"
+        calendar.book("y", "b", (0,), 1, 40, 100)
+        assert calendar.best_node(["c", "b", "a"], 2, 1000, 60, 70) == "a"
+        assert calendar.best_node(["c", "b", "a"], 2, 999, 60, 70) == "c"
 
     def test_is_none_where_nothing_fits(self, calendar):
         calendar.book("x", "a", (0,), 1, 0, 10)

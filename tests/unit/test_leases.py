@@ -296,7 +296,7 @@ class TestMetering:
         assert own.run_replica is None
 
     def test_nothing_is_charged_that_a_lost_node_would_undo(self):
-        # bug reported
+
         own, made = watch(held(lease()), (0, "a"), (65, "a"))
         own, more = meter(own, at(66), Sight(None, at(65), node_lost=True))
         assert brief(made + more) == [(0, 35, "")]

@@ -288,7 +288,7 @@ class TestOutOfFunds:
         assert await market.available() == 0
 
     async def test_it_says_until_when_it_is_paid_and_what_to_deposit(self, market):
-        await market.watch(80, "a")
+        await market.watch(120, "a")
         assert market.lease.reason == (
             "paid until 13:01:30 UTC; it closes at 13:06:30 unless at least 0.06 USD is deposited"
         )

@@ -149,7 +149,6 @@ REASONS = [
     ({}, {"provider_id": "hub"}, "is of another provider than hub"),
     ({"region": "eu"}, {"region": "us"}, "is in region eu, not us"),
     ({}, {"gpu_type": "h100"}, "has a10, not h100"),
-    # bug reported
     ({}, {"gpu_memory_mib": 24_576}, "has GPUs of 23 GiB, not 24"),
     ({}, {"gpu_count": 3}, "has only 2 GPU(s)"),
     (
@@ -241,7 +240,7 @@ class TestEarliest:
         assert why(ORDER, own, calendar=soon).earliest == at(1)
 
     def test_an_offer_that_is_not_available_yet_will_be(self):
-        # bug reported
+
         own = offer(available_from=at(1))
         assert why(ORDER, own).earliest == at(1)
 
@@ -358,7 +357,7 @@ class TestPool:
         assert isinstance(self.places(QWEN, 1, offer(**changes)), Misfit)
 
     def test_not_where_it_could_not_start(self):
-        # bug reported
+
         assert isinstance(self.places(QWEN, 1, offer(available_from=at(1))), Misfit)
 
     def test_logical_gpus_do_for_small_models(self):

@@ -69,7 +69,8 @@ async def test_model_without_a_price_is_an_alarm(tmp_path, caplog):
     routes = LiveRoutes(config, None, NoPrices(), None, metrics.unpriced)
     with pytest.raises(NotFound, match="no price"):
         await routes.rate_card("tiny")
-    assert 'market_unpriced_requests_total{model="tiny"} 1.0' in metrics.page(STATUS, [], NOON).decode()
+    page = metrics.page(STATUS, [], NOON).decode()
+    assert 'market_unpriced_requests_total{model="tiny"} 1.0' in page
     assert any("ALARM unpriced model: tiny" in message for message in caplog.messages)
 
 

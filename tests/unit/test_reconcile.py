@@ -91,7 +91,7 @@ class TestWaiting:
         assert Start(elsewhere) in steps(before, elsewhere, apps=apps)
 
     def test_not_while_serve_restarts_another_on_its_gpu(self):
-        # bug reported
+
         before = replica("old", ReplicaState.READY, "serving", gpu_milli=300)
         own = replica(gpu_milli=300)
         assert Start(own) not in steps(before, own, apps={"model-old": STARTING})
@@ -146,7 +146,7 @@ class TestRunning:
         assert steps(replica(state=state), offers=LOST, apps=apps) == [UNSEEN]
 
     def test_one_that_died_with_its_node_did_not_fail(self):
-        # bug reported
+
         own = replica(state=ReplicaState.READY, reason="serving")
         assert steps(own, offers=LOST, apps={APP: FAILED}) == [UNSEEN]
 
@@ -164,13 +164,13 @@ class TestRestart:
         assert steps(one, two) == [replace(BEGIN, replica_id="a"), Start(one), wait]
 
     def test_also_if_the_node_came_back_later_than_the_rest(self):
-        # bug reported
+
         one = replica("a", ReplicaState.STARTING, "node server is lost", gpu_milli=500)
         two = replica("b", ReplicaState.STARTING, "node server is lost", gpu_milli=500)
         assert [s for s in steps(one, two) if isinstance(s, Start)] == [Start(one)]
 
     def test_one_whose_engine_starts_already_goes_first(self):
-        # bug reported
+
         one = replica("a", ReplicaState.STARTING, "node server is lost", gpu_milli=500)
         two = replica("b", ReplicaState.STARTING, "replica starting", gpu_milli=500)
         made = steps(one, two, apps={"model-b": STARTING})
@@ -201,7 +201,7 @@ class TestEnding:
         assert Start(own) in steps(own, server=[])
 
     def test_a_lost_node_may_come_back_with_its_processes(self):
-        # bug reported
+
         assert steps(replica(state=ReplicaState.FREEING), offers=LOST) == []
 
     def test_nothing_is_left_on_a_node_that_has_left(self):
@@ -219,7 +219,7 @@ class TestStrangers:
         assert made == [End("lease-1-0", "other"), End("old", "server")]
 
     def test_nothing_starts_on_a_node_that_came_back_with_them(self):
-        # bug reported
+
         own = replica()
         assert End("old", "server") in steps(own, server=["old"])
         assert Start(own) not in steps(own, server=["old"])
@@ -383,7 +383,7 @@ events = st.one_of(
 @given(st.lists(orders, min_size=4, max_size=6), st.lists(events, max_size=30))
 @settings(max_examples=150, deadline=None)
 def test_whatever_happens_it_ends_as_wanted_and_no_gpu_is_given_twice(first, later):
-    # bug reported
+
     cluster = FakeCluster()
     for name, *arguments in [*first, ("rounds", 15), *later]:
         getattr(cluster, name)(*arguments)
