@@ -223,8 +223,8 @@ def test_charges_are_healthy_gpu_time_at_the_price_exactly(market):
         assert own["charge"].sum() == Decimal(gpu_us * pico // HOUR_US).scaleb(-12)
         assert Decimal(lease["charged"]) == own["charge"].sum()
         assert (own["finished_at"].iloc[:-1].values == own["started_at"].iloc[1:].values).all()
-        paid = own[own["gpu_us"] > 0]
-        assert (paid["finished_at"] - paid["started_at"]).dt.total_seconds().max() <= 60.000001
+        paid = own[own["gpu_us"] > 0]  # none, if it died soon
+        assert ((paid["finished_at"] - paid["started_at"]).dt.total_seconds() <= 60.000001).all()
         start, end = map(datetime.fromisoformat, (lease["start"], lease["end"]))
         assert own["started_at"].iloc[0] == start
         assert own["finished_at"].iloc[-1] == end

@@ -192,7 +192,7 @@ class TestReasons:
         offers = [offer("c", state=OfferState.LOST), offer("a", "9"), offer("b", "9")]
         cheap = replace(ORDER, max_price_pico=parse_money("1"))
         assert why(cheap, *offers).reason == (
-            "no offer has room for 1 GPU(s): a, b asks 9 per GPU-hour; c is lost"
+            "no offer has room for 1 GPU(s): a, b each asks 9 per GPU-hour; c is lost"
         )
 
     def test_nobody_offers_anything(self):
