@@ -22,6 +22,7 @@ order, those that have GPUs with ``book``, those that wait with ``book_any``.
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from heapq import heapify, heappop
 from typing import NoReturn, TypeVar
 
 import msgspec
@@ -102,12 +103,15 @@ class _Profile:
 
 
 class _Node:
-    """``gpus``: milli fixed on each. ``load``: milli of all bookings. ``claims``: as ruled."""
+    """``gpus``: milli fixed on each. ``claims``: as ruled. ``load``: milli of all, less capacity."""
 
     def __init__(self) -> None:
         self.gpus: list[_Profile] = []
-        self.load = _Profile()
         self.claims = _Profile()
+        self.load = _Profile()
+        # A last change that no booking reaches: whoever ranks nodes need not ask if there is one.
+        self.load.times.append(FOREVER)
+        self.load.values.append(1)
         self.bookings: dict[str, _Booking] = {}
 
     def blocked(self, booking: _Booking, start: int) -> tuple[int, int | None] | None:
@@ -174,7 +178,7 @@ class _Node:
 
     def fits(self, count: int, milli: int, start: int, end: int) -> bool:
         """Whether ``book_any`` of a whole GPU, else ``book`` on what is picked, goes through."""
-        if self.load.highest(start, end) + count * milli > GPU_MILLI * len(self.gpus):
+        if self.load.highest(start, end) + count * milli > 0:
             return False
         waits = count == 1 and milli == GPU_MILLI and self.may_wait(start, end)
         return waits or self.pick(count, milli, start, end) is not None
@@ -203,6 +207,7 @@ class Calendar:
         fixed = any(gpu.times[-1] > _PAST for gpu in node.gpus[gpu_count:])
         if gpu_count < 0 or fixed or node.claims.highest(_PAST, FOREVER) > gpu_count:
             raise ValueError(f"{node_id} cannot have only {gpu_count} GPUs")
+        node.load.add(GPU_MILLI * (len(node.gpus) - gpu_count), _PAST, FOREVER)
         del node.gpus[gpu_count:]
         node.gpus += [_Profile() for _ in range(gpu_count - len(node.gpus))]
         self._nodes[node_id] = node
@@ -327,23 +332,23 @@ class Calendar:
         """The node on which it fits and wastes the least time; None if it fits on none.
 
         One whole GPU fits where ``book_any`` goes through, all else where ``pick`` finds GPUs.
-        Wasted is the time since the node's load last changed and until it next does. Nodes with
-        bookings come before empty ones, ties end on node ids.
+        Wasted is the time since the node's load last changed and until it next does, endless if it
+        never did or will: empty nodes come last. Ties end on node ids.
         """
-        stop, need = self._stop(start, end, gpu_count, gpu_milli), gpu_count * gpu_milli
-        nodes, ranked = self._nodes, []
+        stop = self._stop(start, end, gpu_count, gpu_milli)
+        nodes, most = self._nodes, -gpu_count * gpu_milli
+        ranked = []
         for node_id in node_ids:
-            node = nodes[node_id]
-            times = node.load.times
+            load = nodes[node_id].load
+            times = load.times
             first = bisect_right(times, start) - 1
             # Most nodes of a full cluster are refused here, by their load at the start alone.
-            if node.load.values[first] + need <= GPU_MILLI * len(node.gpus):
+            if load.values[first] <= most:
                 after = bisect_left(times, stop, first)
-                waste = start - times[first] if first else 0
-                if after < len(times) and times[after] < FOREVER:
-                    waste += times[after] - stop
-                ranked.append((waste if len(times) > 1 else FOREVER, node_id))
-        for _, node_id in sorted(ranked):
+                ranked.append((times[after] - times[first], node_id))
+        heapify(ranked)
+        while ranked:
+            _, node_id = heappop(ranked)
             if nodes[node_id].fits(gpu_count, gpu_milli, start, stop):
                 return node_id
         return None
