@@ -22,7 +22,6 @@ order, those that have GPUs with ``book``, those that wait with ``book_any``.
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from heapq import heapify, heappop
 from typing import NoReturn, TypeVar
 
 import msgspec
@@ -103,13 +102,13 @@ class _Profile:
 
 
 class _Node:
-    """``gpus``: milli fixed on each. ``claims``: as ruled. ``load``: milli of all, less capacity."""
+    """``gpus``: milli fixed on each. ``claims``: as ruled. ``load``: milli of all less capacity."""
 
     def __init__(self) -> None:
         self.gpus: list[_Profile] = []
         self.claims = _Profile()
         self.load = _Profile()
-        # A last change that no booking reaches: whoever ranks nodes need not ask if there is one.
+        # A last change beyond all bookings: ``best_node`` need not ask whether there is a next.
         self.load.times.append(FOREVER)
         self.load.values.append(1)
         self.bookings: dict[str, _Booking] = {}
@@ -148,13 +147,11 @@ class _Node:
                 breaks.append((at, index))
         return min(breaks, default=None)
 
-    def together(self, indices: Sequence[int], end: int, count: int) -> Sequence[int]:
+    def together(self, indices: Sequence[int], end: int, count: int) -> list[int]:
         """The first ``count`` of the GPUs that may all be claimed until end.
 
         As many as can be: the rule limits members of a chain of sets, a matroid, so greed is best.
         """
-        if not self.overclaimed(indices[:count], end):
-            return indices[:count]
         taken: list[int] = []
         for index in indices:
             if len(taken) < count and not self.overclaimed([*taken, index], end):
@@ -274,8 +271,8 @@ class Calendar:
         """Leave nothing of it from ``at`` on: released early, or cancelled if not started then."""
         booking = self._bookings[booking_id]
         if at < booking.end:
-            start = self._since(max(at, booking.start))
-            self._nodes[booking.node_id].add(-1, booking, start)
+            node = self._nodes[booking.node_id]
+            node.add(-1, booking, self._since(max(at, booking.start)))
             self._keep(msgspec.structs.replace(booking, end=at))
 
     def expire(self, now: int) -> None:
@@ -346,9 +343,7 @@ class Calendar:
             if load.values[first] <= most:
                 after = bisect_left(times, stop, first)
                 ranked.append((times[after] - times[first], node_id))
-        heapify(ranked)
-        while ranked:
-            _, node_id = heappop(ranked)
+        for _, node_id in sorted(ranked):
             if nodes[node_id].fits(gpu_count, gpu_milli, start, stop):
                 return node_id
         return None

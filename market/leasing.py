@@ -5,6 +5,7 @@ between any two lines neither loses nor repeats a charge; holds have ids derived
 opening or ending one again changes nothing.
 """
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -13,7 +14,7 @@ from typing import Protocol
 from market import crash, pricing
 from market import leases as rules
 from market.accounts import Hold, HoldResult, HoldState
-from market.errors import InsufficientBalance
+from market.errors import InsufficientBalance, InvalidRequest
 from market.leases import Event, HoldPlan, Segment, Sight
 from market.types import (
     HoldRequest,
@@ -166,7 +167,9 @@ class Leasing:
             index = rules.finished_hold(lease)
             if index is None or lease_id in self._shelf.unsent():
                 return
-            await self._ledger.end_hold(PRODUCER, self._shelf.epoch, lease.hold_id(index))
+            # Unknown means ended long ago, and a crash kept us from noting it.
+            with contextlib.suppress(InvalidRequest):
+                await self._ledger.end_hold(PRODUCER, self._shelf.epoch, lease.hold_id(index))
             crash.reach("lease-hold-ended")
             await self._shelf.keep(replace(lease, ended_index=index), ())
 

@@ -50,7 +50,7 @@ from market.types import (
     OrderState,
 )
 from tests.faults import harness
-from tests.faults.harness import DEADLINE_S, START, Child, TorturedLedger, Wire, ledger_process
+from tests.faults.harness import DEADLINE_S, START, Child, TorturedLedger, Wire
 from tests.samples import deposit
 
 POINTS = (
@@ -116,11 +116,11 @@ class World(FakeCluster):
         self.served[self.apps[app_name].run] = [app_name, self.now_us, None]
 
     def remove(self, app_name):
-        if app_name not in self.apps:
-            return
+        self._removed += 1
+        if app_name not in self.apps or self._removed % 4 == 0:
+            return  # gone before, or still draining
         self._ended(app_name)
         node_id = self.homes[app_name]
-        self._removed += 1
         if node_id in self.nodes and self._removed % 3:
             self._dirty(app_name.removeprefix("model-"), node_id)
             super().remove(app_name)
@@ -298,6 +298,30 @@ def possible_fingerprints(case: "Case", point: str) -> set[int]:
     return {stored + sum(done) for done in some}
 
 
+class QuietLedger(TorturedLedger):
+    """Publishes and keeps house when told, so that the seed decides over what it dies."""
+
+    async def open(self):
+        await super().open()
+        for task in self._tasks:
+            task.cancel()
+
+    async def publish(self):
+        pass
+
+    async def keep_house(self):
+        pass
+
+    async def work(self):
+        await super().publish()
+        await super().keep_house()
+
+
+def ledger_process(case: "Case", plan: str) -> None:
+    harness.TorturedLedger = QuietLedger
+    harness.ledger_process(case, plan)
+
+
 class LedgerWire(Wire):
     """A network that doubles and loses; a patient client asks until it is answered."""
 
@@ -429,10 +453,15 @@ class Case(harness.Case):
         self.cluster = SharedCluster(self.home)
         self.cluster.keep(World())
         self.patient = self.rng.random() < 0.5
+        self.fate = self.random("fate")
         self.elapsed_us = 0
         self.fingerprint = fingerprint(State())
         self.deposited = Counter()
         self.counts = Counter()
+
+    def random(self, use: str) -> random.Random:
+        """Numbers for one use: what one draws must not shift what the others draw."""
+        return random.Random(f"{self.seed}/{use}")
 
     @property
     def now(self) -> datetime:
@@ -442,7 +471,7 @@ class Case(harness.Case):
         self.elapsed_us += round(seconds * 10**6)
         self.set_clock(self.elapsed_us / 10**6)
         with self.cluster.opened() as world:
-            world.pass_time(self.elapsed_us, self.rng)
+            world.pass_time(self.elapsed_us, self.fate)
 
 
 class Market:
@@ -451,7 +480,9 @@ class Market:
     def __init__(self, case: Case) -> None:
         self.case = case
         self.children: list[Child] = []
-        self.ledger_kills = case.rng.randint(0, 2)
+        self.rng = case.random("deaths")
+        self._ledger_rng = case.random("ledger")
+        self.ledger_kills = self._ledger_rng.randint(0, 2)
         self.ledger: Child | None = None
         self.scheduler: Child | None = None
         self.seen = {"offers": [], "leases": [], "waiting": [], "pools": []}
@@ -463,7 +494,7 @@ class Market:
             return
         if self.ledger is not None:
             _note_death(self.case, self.ledger, "ledger ")
-        rng, plan = self.case.rng, ""
+        rng, plan = self._ledger_rng, ""
         if self.ledger_kills > 0:
             plan = f"{rng.choice(LEDGER_POINTS)}:{rng.randint(1, 40)}"
         self.ledger_kills -= 1
@@ -502,7 +533,7 @@ class Market:
     def die(self, *commands) -> None:
         """Kill the scheduler while it is busy with something."""
         self._channel.send((self.case.elapsed_us, commands))
-        time.sleep(self.case.rng.uniform(0, 0.02))
+        time.sleep(self.rng.uniform(0, 0.02))
         self.scheduler.killed_by_case = True
         self.scheduler.kill()
 
@@ -564,8 +595,9 @@ class Script:
 
     WEIGHTS = (
         *(("order", 12), ("again", 2), ("renew", 4), ("release", 3), ("cancel", 1)),
-        *(("deposit", 2), ("lose", 2), ("back", 4), ("replace", 2), ("fail", 1), ("drain", 1)),
-        *(("leave", 0.5), ("open_pool", 1), ("undeploy", 0.5), ("reprice", 1), ("wait", 6)),
+        *(("deposit", 2), ("lose", 3), ("back", 3), ("replace", 2), ("fail", 1), ("drain", 1)),
+        *(("leave", 0.5), ("open_pool", 2), ("undeploy", 1), ("reprice", 1), ("publish", 2)),
+        ("wait", 4),
     )
 
     def __init__(self, market: Market, point: str | None) -> None:
@@ -573,7 +605,7 @@ class Script:
         self._weights = dict(self.WEIGHTS)
         if point in CAUSES:
             self._weights[CAUSES[point]] += 8
-        self._rng = market.case.rng
+        self._rng = market.case.random("script")
         self._orders: list[tuple[Order, bool]] = []
         self._offers = {offer.offer_id: offer for offer in OFFERS}
 
@@ -637,7 +669,7 @@ class Script:
     def _lose(self):
         with self._case.cluster.opened() as world:
             if world.nodes:
-                world.lose(self._rng.choice(sorted(world.nodes)), self._rng.random() < 0.6)
+                world.lose(self._rng.choice(sorted(world.nodes)), self._rng.random() < 0.5)
 
     def _back(self):
         with self._case.cluster.opened() as world:
@@ -677,6 +709,9 @@ class Script:
     def _undeploy(self):
         return [("undeploy", name) for name in self._one("pools")]
 
+    def _publish(self):
+        self._market.ask_ledger("work")
+
     def _wait(self):
         pass
 
@@ -695,10 +730,10 @@ def run_case(seed: int, home: Path, point: str | None = None) -> Case:
     try:
         script = Script(market, point)
         _prepare(market, script)
-        for _ in range(case.rng.randint(4, 6)):
+        for _ in range(market.rng.randint(4, 6)):
             _live(market, script, point)
             case.pass_time(script.pause_s())
-            for _ in range(case.rng.randint(0, 3)):
+            for _ in range(market.rng.randint(0, 3)):
                 script.step()  # the world moves on; nobody hears commands
         _finish(market, script)
     except AssertionError as error:
@@ -720,7 +755,7 @@ def _prepare(market: Market, script: Script) -> None:
 
 def _live(market: Market, script: Script, point: str | None) -> None:
     """One life of the scheduler, from its start to its death or its close."""
-    rng = market.case.rng
+    rng = market.rng
     chosen = point or rng.choice(POINTS)
     if chosen == "stranger-ended":  # there must be a stranger
         chosen = rng.choice(("lease-held", chosen))
@@ -743,7 +778,7 @@ def _step(market: Market, script: Script, number: int) -> bool:
     if number > 0:
         market.case.pass_time(script.pause_s())
     commands = script.step() + (script.missing_offers() if number < 2 else [])
-    if market.case.rng.random() < 0.3:
+    if market.rng.random() < 0.3:
         return market.tell(("round",), *commands) is not None
     return all(market.tell(command) is not None for command in (*commands, ("round",)))
 

@@ -359,13 +359,14 @@ class TestBestNode:
         assert calendar.best_node(["a", "b", "c"], 1, 1000, 10, 22) == "b"
         assert calendar.best_node(["a", "b", "c"], 1, 1000, 10, 26) == "c"
 
-    def test_takes_empty_nodes_last_and_ties_by_id(self):
+    def test_takes_gaps_then_open_ends_then_empty_nodes_by_id(self):
         calendar = with_nodes(a=2, b=2, c=2)
         assert calendar.best_node(["c", "b", "a"], 2, 1000, 60, 70) == "a"
         calendar.book("x", "c", (0,), 1, 50, None)
         calendar.book("y", "b", (0,), 1, 40, 100)
         assert calendar.best_node(["c", "b", "a"], 2, 1000, 60, 70) == "a"
-        assert calendar.best_node(["c", "b", "a"], 2, 999, 60, 70) == "c"
+        assert calendar.best_node(["c", "b", "a"], 2, 999, 60, 70) == "b"
+        assert calendar.best_node(["c", "a"], 2, 999, 60, 70) == "c"
 
     def test_is_none_where_nothing_fits(self, calendar):
         calendar.book("x", "a", (0,), 1, 0, 10)
