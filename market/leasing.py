@@ -14,7 +14,7 @@ from typing import Protocol
 from market import crash, pricing
 from market import leases as rules
 from market.accounts import Hold, HoldResult, HoldState
-from market.errors import InsufficientBalance, InvalidRequest
+from market.errors import InsufficientBalance, InvalidRequest, Overloaded
 from market.leases import Event, HoldPlan, Segment, Sight
 from market.types import (
     HoldRequest,
@@ -220,9 +220,16 @@ class Leasing:
             )
         )
         crash.reach("lease-held")
-        if result.hold is None or result.hold.state is not HoldState.PENDING:
+        hold = result.hold
+        if hold is None:
             return None, result.available_pico
-        return rules.with_hold(lease, plan, result.hold.amount_pico), result.available_pico
+        if hold.state is not HoldState.PENDING or hold.request.tenant_id != lease.tenant_id:
+            raise Overloaded(
+                f"hold {hold.request.hold_id} is of an order that broke off in this very second; "
+                "try again in the next",
+                retry_after_s=1,
+            )
+        return rules.with_hold(lease, plan, hold.amount_pico), result.available_pico
 
 
 def records(lease: Lease, segments: Sequence[Segment]) -> list[UsageRecord]:

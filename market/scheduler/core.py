@@ -177,6 +177,8 @@ class Core:
         self.calendar = Calendar()
         for offer in self.offers:
             self.calendar.set_node(offer.node_id, len(offer.gpus))
+        # What was is settled: only from now on must everything fit together.
+        self.calendar.expire(micros(self.clock.now()))
         pools = [r for r in self.state.replicas.values() if self._is_pool(r)]
         leases = self.open_leases()
         for replica in sorted(pools, key=lambda r: r.replica_id):

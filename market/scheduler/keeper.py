@@ -5,7 +5,7 @@ Each part may fail alone; the next round tries again. Nothing here is in a reque
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -16,6 +16,7 @@ from market import leases as rules
 from market.errors import MarketError
 from market.leases import Event, Sight
 from market.leasing import PRODUCER
+from market.matching import micros
 from market.scheduler import reconcile
 from market.scheduler.core import Core, SendUsage
 from market.scheduler.nodes import Nodes
@@ -119,6 +120,7 @@ class Keeper:
             async with self._core.lock:
                 await self._core.register()
                 await self._core.leasing.end_strangers()
+                self._core.calendar.expire(micros(self._core.clock.now()))
             self._tidied_s = clock_s
 
     async def _look(self) -> ClusterView:
@@ -131,7 +133,8 @@ class Keeper:
 
     async def _advance(self, view: ClusterView, now: datetime) -> None:
         async with self._core.lock:
-            for lease in self._core.open_leases():
+            # The calendar binds in the order of starts.
+            for lease in sorted(self._core.open_leases(), key=lambda lease: lease.start):
                 await self._guard(lease.lease_id, partial(self._lease, lease, view, now))
             for lease in list(self._core.state.leases.values()):
                 if lease.state is LeaseState.CLOSED:
@@ -241,8 +244,7 @@ class Keeper:
                 if replica.deployment_id in state.leases
             }
             seen = Seen(view.apps, residents, memory)
-            replicas = self._with_clean_nodes(residents)
-            steps = reconcile.plan(replicas, state.offers, starts, seen, now)
+            steps = reconcile.plan(state.replicas.values(), state.offers, starts, seen, now)
             for step in steps:
                 await self._decide(step)
             await self._forget_deployments()
@@ -272,19 +274,6 @@ class Keeper:
             taken.update((node_id, index) for index in used)
             self._swept.add(node_id)
         return residents, frozenset(taken)
-
-    def _with_clean_nodes(self, residents: Mapping[str, frozenset[str]]) -> list[Replica]:
-        """All replicas but those that wait for a node where leftovers run: these must end first."""
-        replicas = self._core.state.replicas
-        homes = {name: replica.place.node_id for name, replica in replicas.items()}
-        dirty = {
-            node for node, found in residents.items() if any(homes.get(n) != node for n in found)
-        }
-        return [
-            replica
-            for replica in replicas.values()
-            if replica.state is not ReplicaState.WAITING or replica.place.node_id not in dirty
-        ]
 
     def _others_milli(self, node_id: str) -> dict[int, int]:
         """Shares of a node's GPUs that running replicas may use."""

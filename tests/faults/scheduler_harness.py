@@ -500,6 +500,13 @@ class Market:
         self.ledger_kills -= 1
         self.ledger = self._child(ledger_process, self.case, plan)
 
+    def spare_ledger(self) -> None:
+        """From now on it lives."""
+        self.ledger_kills = 0
+        if self.ledger.plan:
+            self.ledger.killed_by_case = True
+            self.ledger.kill()
+
     def ask_ledger(self, method: str, *arguments):
         """A safe command, until it is answered."""
         deadline = time.monotonic() + DEADLINE_S
@@ -809,7 +816,8 @@ def _closed_well(market: Market) -> None:
 
 def _finish(market: Market, script: Script) -> None:
     """Bring everything to its end without further trouble, then check the books."""
-    case, market.ledger_kills = market.case, 0
+    case = market.case
+    market.spare_ledger()
     assert market.start("")
     market.tell(("calm",))
     market.tell(("round",))

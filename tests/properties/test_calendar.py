@@ -260,6 +260,6 @@ def fresh_calendar():
 
 
 CalendarMachine.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None
+    max_examples=100, stateful_step_count=40, deadline=None
 )
 TestCalendar = CalendarMachine.TestCase
