@@ -37,7 +37,7 @@ def run_seeds(seeds: list[int], results: multiprocessing.Queue) -> None:
     folder = MEMORY if MEMORY.is_dir() else None
     for seed in seeds:
         home = Path(tempfile.mkdtemp(prefix="soak-", dir=folder))
-        point = harness.POINTS[seed // 2 % len(harness.POINTS)] if seed % 2 else None
+        point = harness.POINTS[seed // 4 % len(harness.POINTS)] if seed % 4 > 1 else None
         try:
             case = harness.run_case(seed, home / "h", point)
             results.put((seed, None, case.points, case.counts))

@@ -178,9 +178,10 @@ class Core:
         for offer in self.offers:
             self.calendar.set_node(offer.node_id, len(offer.gpus))
         # What was is settled: only from now on must everything fit together.
-        self.calendar.expire(micros(self.clock.now()))
+        now = self.clock.now()
+        self.calendar.expire(micros(now))
         pools = [r for r in self.state.replicas.values() if self._is_pool(r)]
-        leases = self.open_leases()
+        leases = [lease for lease in self.open_leases() if lease.end > now]
         for replica in sorted(pools, key=lambda r: r.replica_id):
             self._restore(partial(self.book_replica, replica), replica.replica_id)
         for lease in sorted(leases, key=lambda lease: not lease.gpu_indices):

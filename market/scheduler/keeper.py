@@ -143,7 +143,7 @@ class Keeper:
             await self._orders.retry(now)
 
     async def _lease(self, lease: Lease, view: ClusterView, now: datetime) -> None:
-        if lease.floating and not lease.gpu_indices and now >= lease.start:
+        if lease.floating and not lease.gpu_indices and lease.start <= now < lease.end:
             lease = await self._orders.bind(lease)
         sight = self.sight(lease, view)
         failed = [

@@ -26,6 +26,7 @@ from functools import partial
 from hashlib import blake2b
 from itertools import chain, combinations
 from pathlib import Path
+from zlib import crc32
 
 import pyarrow.parquet as pq
 
@@ -62,7 +63,11 @@ POINTS = (
 MOST = {"before-commit": 40, "committed": 40, "segments-sent": 6, "steps-decided": 8}
 MOST |= {"step-done": 8, "lease-held": 4, "order-granted": 3}
 # What leads to a rare point.
-CAUSES = {"lease-renewed": "renew", "lease-bound": "order", "lease-moved": "lose"}
+CAUSES = {
+    "lease-renewed": {"renew": 8},
+    "lease-bound": {"order": 8},
+    "lease-moved": {"order": 8, "lose": 4, "back": 3},
+}
 LEDGER_POINTS = harness.LEDGER_POINTS[:7]
 ANY_MOMENT = "any moment"
 # The rich one never runs out of money, so no lease of it may end for lack of it.
@@ -99,7 +104,7 @@ class World(FakeCluster):
         self.places = {}
         self.served = {}  # run -> [application, since, until or None], microseconds
         self.crowded = []
-        self._removed = 0
+        self._asked = Counter()
 
     def start(self, replica, deployment, offer):
         if self.now_us % 7 == 3:
@@ -116,12 +121,13 @@ class World(FakeCluster):
         self.served[self.apps[app_name].run] = [app_name, self.now_us, None]
 
     def remove(self, app_name):
-        self._removed += 1
-        if app_name not in self.apps or self._removed % 4 == 0:
+        self._asked[app_name] += 1
+        kind = crc32(app_name.encode())
+        if app_name not in self.apps or self._asked[app_name] <= kind % 2:
             return  # gone before, or still draining
         self._ended(app_name)
         node_id = self.homes[app_name]
-        if node_id in self.nodes and self._removed % 3:
+        if node_id in self.nodes and kind % 3:
             self._dirty(app_name.removeprefix("model-"), node_id)
             super().remove(app_name)
         else:  # nobody tells its process, or it does not listen
@@ -388,6 +394,8 @@ async def _serve(case: "Case", channel, life: int) -> None:
 async def _obey(scheduler: Scheduler, wire: LedgerWire, name: str, *arguments):
     """(True, result), or (False, error) if the scheduler refuses."""
     keeper, core = scheduler._keeper, scheduler._core
+    if name == "arm":
+        return True, crash.arm(*arguments)
     if name == "calm":
         return True, wire.calm()
     if name == "inspect":
@@ -453,6 +461,8 @@ class Case(harness.Case):
         self.cluster = SharedCluster(self.home)
         self.cluster.keep(World())
         self.patient = self.rng.random() < 0.5
+        # An exact case does one thing at a time, so that its seed decides everything.
+        self.exact = self.seed % 2 == 0
         self.fate = self.random("fate")
         self.elapsed_us = 0
         self.fingerprint = fingerprint(State())
@@ -537,6 +547,11 @@ class Market:
                 self.seen = value
         return results
 
+    def arm(self, plan: str) -> None:
+        """Let the scheduler die in what it does next."""
+        if self.tell(("arm", plan)):
+            self.scheduler.plan = plan
+
     def die(self, *commands) -> None:
         """Kill the scheduler while it is busy with something."""
         self._channel.send((self.case.elapsed_us, commands))
@@ -600,19 +615,17 @@ class Script:
     Each step moves the world, or returns commands for the scheduler, or does nothing.
     """
 
-    WEIGHTS = (
-        *(("order", 12), ("again", 2), ("renew", 4), ("release", 3), ("cancel", 1)),
-        *(("deposit", 2), ("lose", 3), ("back", 3), ("replace", 2), ("fail", 1), ("drain", 1)),
-        *(("leave", 0.5), ("open_pool", 2), ("undeploy", 1), ("reprice", 1), ("publish", 2)),
-        ("wait", 4),
-    )
+    WEIGHTS = {
+        **{"order": 12, "again": 2, "renew": 4, "release": 3, "cancel": 1, "deposit": 2},
+        **{"lose": 2, "back": 4, "replace": 2, "fail": 1, "drain": 1, "leave": 0.5},
+        **{"open_pool": 2, "undeploy": 1, "reprice": 1, "publish": 2, "wait": 4},
+    }
 
     def __init__(self, market: Market, point: str | None) -> None:
         self._market, self._case = market, market.case
-        self._weights = dict(self.WEIGHTS)
-        if point in CAUSES:
-            self._weights[CAUSES[point]] += 8
+        self._weights = Counter(self.WEIGHTS) + Counter(CAUSES.get(point))
         self._rng = market.case.random("script")
+        self._deposits = 0
         self._orders: list[tuple[Order, bool]] = []
         self._offers = {offer.offer_id: offer for offer in OFFERS}
 
@@ -667,16 +680,16 @@ class Script:
         self.deposit(POOR, self._rng.choice(("0.5", "1.000000000001", "5")))
 
     def deposit(self, tenant: str, amount: str) -> None:
-        transfer = deposit(
-            amount, f"deposit-{len(self._case.deposited)}-{self._rng.random()}", tenant
-        )
+        self._deposits += 1
+        transfer = deposit(amount, f"deposit-{self._deposits}", tenant)
         self._market.ask_ledger("transfer", transfer)
         self._case.deposited[tenant] += transfer.amount_pico
 
     def _lose(self):
         with self._case.cluster.opened() as world:
-            if world.nodes:
-                world.lose(self._rng.choice(sorted(world.nodes)), self._rng.random() < 0.5)
+            busy = world.nodes & set(world.homes.values())
+            for node_id in self._rng.sample(sorted(busy or world.nodes), min(1, len(world.nodes))):
+                world.lose(node_id, dead=self._rng.random() < 0.5)
 
     def _back(self):
         with self._case.cluster.opened() as world:
@@ -700,7 +713,11 @@ class Script:
 
     def _leave(self):
         """Out by force, then in again."""
-        return [("leave", node, True) for node in self._one("offers")]
+        return [
+            command
+            for node in self._one("offers")
+            for command in (("leave", node, True), ("offer", self._offers[node]))
+        ]
 
     def _reprice(self):
         for name in self._one("offers"):
@@ -768,14 +785,18 @@ def _live(market: Market, script: Script, point: str | None) -> None:
         chosen = rng.choice(("lease-held", chosen))
     plan = f"{chosen}:{rng.randint(1, MOST.get(chosen, 1))}"
     opened = market.start(plan)
-    for number in range(rng.randint(8, 25)):
+    for number in range(rng.randint(8, 50 if chosen in CAUSES else 25)):
         if not opened or not _step(market, script, number):
             return market.bury()
     if rng.random() < 0.3 and not _calm(market):
         return market.bury()
     if rng.random() < 0.2 and market.tell(("close",)):
         return _closed_well(market)
-    if market.scheduler.alive():
+    if market.case.exact:
+        market.arm(f"{rng.choice(POINTS[:2])}:{rng.randint(1, 9)}")
+        while market.scheduler.alive() and _step(market, script, number=1):
+            pass
+    elif market.scheduler.alive():
         market.die(("round",), *script.step())
     return market.bury()
 
@@ -785,7 +806,7 @@ def _step(market: Market, script: Script, number: int) -> bool:
     if number > 0:
         market.case.pass_time(script.pause_s())
     commands = script.step() + (script.missing_offers() if number < 2 else [])
-    if market.rng.random() < 0.3:
+    if not market.case.exact and market.rng.random() < 0.5:
         return market.tell(("round",), *commands) is not None
     return all(market.tell(command) is not None for command in (*commands, ("round",)))
 
