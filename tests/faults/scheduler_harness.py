@@ -609,21 +609,22 @@ def _note_death(case: Case, child: Child, who: str = "") -> str:
     return point
 
 
+WEIGHTS = {
+    **{"order": 12, "again": 2, "renew": 4, "release": 3, "cancel": 1, "deposit": 2},
+    **{"lose": 2, "back": 4, "replace": 2, "fail": 1, "drain": 1, "leave": 0.5},
+    **{"open_pool": 2, "undeploy": 1, "reprice": 1, "publish": 2, "wait": 4},
+}
+
+
 class Script:
     """What tenants, providers and fate do, drawn from the seed.
 
     Each step moves the world, or returns commands for the scheduler, or does nothing.
     """
 
-    WEIGHTS = {
-        **{"order": 12, "again": 2, "renew": 4, "release": 3, "cancel": 1, "deposit": 2},
-        **{"lose": 2, "back": 4, "replace": 2, "fail": 1, "drain": 1, "leave": 0.5},
-        **{"open_pool": 2, "undeploy": 1, "reprice": 1, "publish": 2, "wait": 4},
-    }
-
     def __init__(self, market: Market, point: str | None) -> None:
         self._market, self._case = market, market.case
-        self._weights = Counter(self.WEIGHTS) + Counter(CAUSES.get(point))
+        self._weights = Counter(WEIGHTS) + Counter(CAUSES.get(point))
         self._rng = market.case.random("script")
         self._deposits = 0
         self._orders: list[tuple[Order, bool]] = []
