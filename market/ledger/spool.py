@@ -79,8 +79,12 @@ class Spool:
         name = f"{self._producer}.{self._epoch}.{self._next_seq}.spool"
         path = self._folder / name
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
-        descriptor = os.open(path, flags, 0o600)
+        # Locked before it has its name: one that another process sees unlocked is an orphan, and
+        # its producer is fenced.
+        fresh = path.with_suffix(".new")
+        descriptor = os.open(fresh, flags, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+        fresh.rename(path)
         self._segments.append((self._next_seq, path, descriptor))
         self._size = 0
 

@@ -291,3 +291,21 @@ async def test_full_disk_makes_record_wait_and_loses_nothing(ledger, tmp_path, m
             await producer.record(await finished(ledger, producer))
     await producer.stop()
     assert len(ledger.records) == 3
+
+
+def test_a_segment_that_is_being_opened_is_nobodys_orphan(tmp_path, monkeypatch):
+    """Two gateways of one machine: one sweeps at the very moment the other opens a segment."""
+    swept = []
+    lock = spool.fcntl.flock
+
+    def sweep_then_lock(descriptor, how):
+        monkeypatch.setattr(spool.fcntl, "flock", lock)
+        swept.extend(spool.orphans(tmp_path))
+        lock(descriptor, how)
+
+    monkeypatch.setattr(spool.fcntl, "flock", sweep_then_lock)
+    writing = spool.Spool(tmp_path, "gw0", 1)
+    writing.append(record(hold_request("r", **WANTED)))
+    assert (swept, list(spool.orphans(tmp_path))) == ([], [])
+    writing.close()
+    assert [orphan.producer for orphan in spool.orphans(tmp_path)] == ["gw0"]
