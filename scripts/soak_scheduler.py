@@ -101,7 +101,8 @@ def table(summary: dict[str, object]) -> str:
     points = summary.pop("kills_per_point")
     assert isinstance(points, dict)
     lines = [*summary.items(), ("", ""), *((f"killed at {name}", n) for name, n in points.items())]
-    return "\n".join(f"{name.replace('_', ' '):32}{value!s:>12}" for name, value in lines)
+    rows = (f"{name.replace('_', ' '):32}{value!s:>12}".rstrip() for name, value in lines)
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":

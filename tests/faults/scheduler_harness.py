@@ -791,13 +791,13 @@ def _live(market: Market, script: Script, point: str | None) -> None:
             return market.bury()
     if rng.random() < 0.3 and not _calm(market):
         return market.bury()
-    if rng.random() < 0.2 and market.tell(("close",)):
-        return _closed_well(market)
+    if rng.random() < 0.2:
+        return _closed_well(market) if market.tell(("close",)) else market.bury()
     if market.case.exact:
         market.arm(f"{rng.choice(POINTS[:2])}:{rng.randint(1, 9)}")
-        while market.scheduler.alive() and _step(market, script, number=1):
+        while _step(market, script, number=1):
             pass
-    elif market.scheduler.alive():
+    else:
         market.die(("round",), *script.step())
     return market.bury()
 
