@@ -12,7 +12,7 @@ import pytest
 from tests.faults import harness
 
 ROOT = Path(__file__).parent.parent.parent
-CASES = 100
+CASES = 200
 
 
 @pytest.mark.timeout(1200)
