@@ -310,7 +310,9 @@ class LedgerStore:
         for row in batch.filter(gpu_rows).select(_GPU_COLUMNS).to_pylist():
             key = (row["lease_id"], row["price_id"])
             card = self.state.cards.get(row["price_id"])
-            if None in (row["lease_id"], row["gpu_us"], row["slice_id"]) or card is None:
+            # What charges nothing needs no hold: so stands for a segment that was refused.
+            unpaid = row["charge"] and row["slice_id"] is None
+            if None in (row["lease_id"], row["gpu_us"]) or unpaid or card is None:
                 raise InvalidRequest(
                     f"GPU time of lease {row['lease_id']} needs lease_id, slice_id, gpu_us and a "
                     f"known price, has {row['price_id']}"

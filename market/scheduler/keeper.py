@@ -39,6 +39,7 @@ LOOK_TIMEOUT_S = 10.0
 FUNDS_RETRY_S = 2.0
 SEND_MAX = 1024
 REJOIN_S = 90.0
+SEND_PATIENCE_S = 5.0
 TIDY_S = 60.0
 SERVING = (ReplicaState.STARTING, ReplicaState.READY)
 
@@ -58,6 +59,7 @@ class Keeper:
         self._lost_since_s: dict[str, float] = {}
         self._asked_funds_s: dict[str, float] = {}
         self._working: dict[str, asyncio.Task[None]] = {}
+        self._sending: asyncio.Task[None] | None = None
         self._swept: set[str] = set()
         self._nodes_seen: set[str] = set()
         self._tidied_s = float("-inf")
@@ -76,7 +78,7 @@ class Keeper:
         if view is not None:
             await self._guard("advancing leases", partial(self._advance, view, now))
             await self._guard("reconciling", partial(self._reconcile, view, now))
-        await self._guard("sending segments", self.send)
+        await self._send_for_a_while()
         await self._guard("holding money", partial(self._hold, now))
 
     async def flush(self) -> None:
@@ -89,7 +91,7 @@ class Keeper:
                     sight = self.sight(lease, view)
                     if lease.hold_index >= 0 and sight.run == lease.run_replica is not None:
                         await self._core.leasing.pause(lease.lease_id, now, sight)
-        await self._guard("sending segments", self.send)
+        await self._send_for_a_while()
 
     async def stop(self) -> None:
         """End what is under way."""
@@ -221,6 +223,12 @@ class Keeper:
                 if clock_s - asked_s >= FUNDS_RETRY_S and rules.next_hold(lease, now) is not None:
                     self._asked_funds_s[name] = clock_s
                     await self._guard(name, partial(self._core.leasing.hold_ahead, name, now))
+
+    async def _send_for_a_while(self) -> None:
+        """Sending goes on beside the rounds while the ledger is away: leases must not wait."""
+        if self._sending is None or self._sending.done():
+            self._sending = asyncio.create_task(self._guard("sending segments", self.send))
+        await asyncio.wait({self._sending}, timeout=SEND_PATIENCE_S)
 
     async def send(self) -> None:
         """Bring metered segments to the ledger, in their order, once each."""

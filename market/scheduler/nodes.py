@@ -63,8 +63,9 @@ class Nodes:
                     f"a node {offer.node_id} is here already; choose another name (--node) or join "
                     "with its own MARKET_HOME"
                 )
+            if known is not None:
+                self._require_same_gpus(known, offer)
             await self._core.store.run(lambda c: self._require_token(c, proof.join_token, offer))
-            await self._take(offer, joining=True)
             key = f"node-{secrets.token_urlsafe(24)}"
             row = {
                 "node_id": offer.node_id,
@@ -78,7 +79,9 @@ class Nodes:
                 used = table.c.token_hash == hash_key(proof.join_token or "")
                 connection.execute(update(table).where(used).values(node_id=offer.node_id))
 
+            # Key before offer: after a crash in between the name is free for another token.
             await self._core.store.run(use)
+            await self._take(offer, joining=True)
             return key
 
     async def offer(self, offer: Offer) -> None:

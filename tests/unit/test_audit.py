@@ -33,6 +33,7 @@ from market.ledger.files import sha256_of
 from market.ledger.journal import chain_head
 from market.ledger.log import Signer
 from market.ledger.manifest import Dataset, Part
+from market.ledger.producer import send
 from market.ledger.publisher import amount_pico
 from market.ledger.refunds import Refund
 from market.ledger.schema import encode_batch
@@ -1035,3 +1036,23 @@ def other_values(kind, value):
 def flipped(text):
     """The text with its first character another."""
     return ("0" if text[:1] != "0" else "1") + text[1:]
+
+
+async def test_refused_lease_segment_stops_none_behind_it(box):
+    """Its hold is gone, which is our bug: others are booked, and in its place is a free row."""
+    async with box.open() as ledger:
+        await box.prepare(ledger)
+        await ledger.add_rate_cards([GPU_CARD], only_new_models=False)
+        hour = pricing.gpu_charge(0, 10**6, GPU_CARD.gpu_hour_pico)
+        shared = hold_request("hour-1", epoch=box.epoch, lane=Lane.LEASE, wanted_pico=hour,
+                              minimum_pico=hour, shared=True)  # fmt: skip
+        await ledger.open_hold(shared)
+        lost = msgspec.structs.replace(gpu_row(shared, 10**6, hour), slice_id="gone")
+        lost = msgspec.structs.replace(lost, lease_id="lease-0")
+        rows = [lost, gpu_row(shared, 10**6, hour)]
+        assert await send(ledger, ("gw0", box.epoch), box.seq, rows) == box.seq + 2
+        await ledger.publish()
+        booked = box.usage().sort_values("lsn").tail(2)
+        assert list(booked["charge"]) == [0, pricing.to_decimal(hour)]
+        assert booked["slice_id"].isna().tolist() == [True, False]
+        assert (await ledger.verify())["finding"] is None
