@@ -1,9 +1,9 @@
 """Double entry with two-phase transfers: the state machine of the books.
 
 One door, no I/O: whoever stores accounts and holds loads the ones a step needs into ``Books``,
-calls its methods, and writes back what changed. Refusals are statuses and change nothing; a hold
-ends once (posted, voided or expired); a shared one is drawn on before. Vocabulary: debit, credit,
-pending -> post / void, as in TigerBeetle.
+calls its methods, and writes back what changed. Refusals are statuses and change nothing; a hold is
+drawn on, can grow and shrink, and ends once. Vocabulary: debit, credit, pending -> post / void, as
+in TigerBeetle.
 """
 
 from collections import ChainMap
@@ -13,8 +13,9 @@ from enum import StrEnum
 
 import msgspec
 
+from market.budgets import Allowance
 from market.errors import MarketFault
-from market.types import HoldRequest
+from market.types import HoldRequest, PackLeft
 
 CASH = "cash"
 FEES = "fees"
@@ -26,6 +27,16 @@ MARKET_PROVIDER = "market"
 def tenant_account(tenant_id: str) -> str:
     """Account id of what the market owes a tenant (its prepaid balance)."""
     return f"tenant:{tenant_id}"
+
+
+def pack_account(tenant_id: str, pack_id: str) -> str:
+    """Account id of what is left of a tenant's token pack."""
+    return f"pack:{tenant_id}:{pack_id}"
+
+
+def holder_of(account_id: str) -> str:
+    """The tenant whose money is in a ``tenant:`` or ``pack:`` account."""
+    return account_id.split(":")[1]
 
 
 def provider_account(provider_id: str) -> str:
@@ -89,6 +100,8 @@ class TransferKind(StrEnum):
     DEPOSIT = "deposit"
     CHARGE = "charge"
     REFUND = "refund"
+    PURCHASE = "purchase"
+    EXPIRE = "expire"
     RELEASE = "release"
     FEE = "fee"
     SETTLE = "settle"
@@ -136,21 +149,24 @@ class TransferStatus(StrEnum):
 
 
 class HoldState(StrEnum):
-    """Life of a hold: pending, then one of three ends."""
+    """Life of a hold: pending, then ended by its owner or, when that is gone, for it."""
 
     PENDING = "pending"
-    POSTED = "posted"
     VOIDED = "voided"
     EXPIRED = "expired"
 
 
 class Hold(msgspec.Struct, frozen=True):
-    """Money set aside on a tenant's account; ``posted_pico`` of it was used."""
+    """Money set aside on a tenant's account; ``posted_pico`` of it was used.
+
+    ``version`` is that of the last change of its amount: older ones come too late.
+    """
 
     request: HoldRequest
     amount_pico: int
     state: HoldState = HoldState.PENDING
     posted_pico: int = 0
+    version: int = 0
 
     @property
     def left_pico(self) -> int:
@@ -160,7 +176,14 @@ class Hold(msgspec.Struct, frozen=True):
     @property
     def account_id(self) -> str:
         """The account whose balance it claims."""
-        return tenant_account(self.request.tenant_id)
+        return account_of(self.request)
+
+
+def account_of(request: HoldRequest) -> str:
+    """The account on which money is to be set aside."""
+    if request.pack_id is not None:
+        return pack_account(request.tenant_id, request.pack_id)
+    return tenant_account(request.tenant_id)
 
 
 class HoldStatus(StrEnum):
@@ -170,16 +193,25 @@ class HoldStatus(StrEnum):
     EXISTS = "exists"
     ACCOUNT_NOT_FOUND = "account_not_found"
     EXCEEDS_BALANCE = "exceeds_balance"
+    EXCEEDS_BUDGET = "exceeds_budget"
     EXCEEDS_UNTIL_OTHERS_END = "exceeds_until_others_end"
 
 
 @dataclass(frozen=True, slots=True)
 class HoldResult:
-    """``hold`` is set if granted now or before; ``available_pico`` explains a refusal."""
+    """``hold`` is set if granted now or before; the other fields explain a refusal.
+
+    ``available_pico`` is what is left, by the account or by the budget that ``allowance`` tells of.
+    ``packs`` of the tenant for the model, first to expire first, might pay instead;
+    ``elsewhere_pico`` is held for the tenant's tokens by other producers.
+    """
 
     status: HoldStatus
     hold: Hold | None
     available_pico: int
+    allowance: Allowance | None = None
+    packs: tuple[PackLeft, ...] = ()
+    elsewhere_pico: int = 0
 
 
 class HoldError(MarketFault):
@@ -241,29 +273,58 @@ class Books:
         self._note(transfer)
         return TransferStatus.CREATED
 
-    def open_hold(self, request: HoldRequest) -> HoldResult:
-        """Set money aside: all that is wanted, or what there is if it reaches the minimum."""
-        if not 0 <= request.minimum_pico <= request.wanted_pico:
-            raise ValueError(f"hold wants {request.wanted_pico}, at least {request.minimum_pico}")
-        account = self._account(tenant_account(request.tenant_id))
+    def open_hold(self, request: HoldRequest, allowance: Allowance | None = None) -> HoldResult:
+        """Set money aside: all that is wanted, or what there is if it reaches the minimum.
+
+        ``allowance`` is what budgets leave of it.
+        """
+        _check_amounts(request.wanted_pico, request.minimum_pico)
+        account = self._account(account_of(request))
         if account is None:
             return HoldResult(HoldStatus.ACCOUNT_NOT_FOUND, None, 0)
         known = self._hold(request.hold_id)
         if known is not None:
             return HoldResult(HoldStatus.EXISTS, known, account.available_pico)
-        available = account.available_pico
+        available = _available(account, allowance)
         if available < request.minimum_pico:
-            others_hold_it = account.balance_pico >= request.minimum_pico
-            status = (
-                HoldStatus.EXCEEDS_UNTIL_OTHERS_END
-                if others_hold_it
-                else HoldStatus.EXCEEDS_BALANCE
-            )
-            return HoldResult(status, None, available)
+            return _refusal(account, allowance, request.minimum_pico)
         hold = Hold(request, min(request.wanted_pico, available))
         self._hold_money(hold.account_id, hold.amount_pico)
         self.holds[request.hold_id] = hold
         return HoldResult(HoldStatus.GRANTED, hold, available - hold.amount_pico)
+
+    def resize_hold(
+        self,
+        hold_id: str,
+        version: int,
+        wanted_pico: int,
+        minimum_pico: int,
+        allowance: Allowance | None = None,
+    ) -> HoldResult:
+        """Make a hold amount to ``wanted_pico`` in all, or to what there is from the minimum on.
+
+        It never falls below what was posted. A ``version`` that is not newer than the last one
+        changes nothing. Raises HoldError if the hold is unknown or ended.
+        """
+        _check_amounts(wanted_pico, minimum_pico)
+        hold = self._pending(hold_id)
+        account = self._account(hold.account_id)
+        assert account is not None, hold
+        available = _available(account, allowance)
+        if version <= hold.version:
+            return HoldResult(HoldStatus.EXISTS, hold, available)
+        extra_pico = max(wanted_pico, hold.posted_pico) - hold.amount_pico
+        if extra_pico > available:
+            missing_pico = minimum_pico - hold.amount_pico
+            if missing_pico > available:
+                return _refusal(account, allowance, missing_pico)
+            extra_pico = available
+        self._hold_money(hold.account_id, extra_pico)
+        resized = msgspec.structs.replace(
+            hold, amount_pico=hold.amount_pico + extra_pico, version=version
+        )
+        self.holds[hold_id] = resized
+        return HoldResult(HoldStatus.GRANTED, resized, available - extra_pico)
 
     def draw_hold(self, hold_id: str, amount_pico: int) -> Hold:
         """Use part of a hold that stays open; the caller makes the transfer itself.
@@ -275,14 +336,9 @@ class Books:
             raise HoldError(f"hold {hold_id} has {hold.left_pico} left, cannot post {amount_pico}")
         self._hold_money(hold.account_id, -amount_pico)
         posted_pico = hold.posted_pico + amount_pico
-        drawn = Hold(hold.request, hold.amount_pico, hold.state, posted_pico)
+        drawn = Hold(hold.request, hold.amount_pico, hold.state, posted_pico, hold.version)
         self.holds[hold_id] = drawn
         return drawn
-
-    def post_hold(self, hold_id: str, amount_pico: int) -> Hold:
-        """Draw ``amount_pico`` and end the hold. Raises HoldError like ``draw_hold``."""
-        self.draw_hold(hold_id, amount_pico)
-        return self._end_hold(hold_id, HoldState.POSTED)
 
     def void_hold(self, hold_id: str) -> Hold:
         """End a hold; what is left of it returns. Raises HoldError if it is unknown or ended."""
@@ -309,7 +365,7 @@ class Books:
     def _end_hold(self, hold_id: str, state: HoldState) -> Hold:
         hold = self._pending(hold_id)
         self._hold_money(hold.account_id, -hold.left_pico)
-        ended = Hold(hold.request, hold.amount_pico, state, hold.posted_pico)
+        ended = Hold(hold.request, hold.amount_pico, state, hold.posted_pico, hold.version)
         self.holds[hold_id] = ended
         return ended
 
@@ -329,6 +385,31 @@ class Books:
     def _note(self, transfer: Transfer) -> None:
         self.transfers[transfer.transfer_id] = transfer
         self.new_transfers.append(transfer)
+
+
+def _check_amounts(wanted_pico: int, minimum_pico: int) -> None:
+    if not 0 <= minimum_pico <= wanted_pico:
+        raise ValueError(f"hold wants {wanted_pico}, at least {minimum_pico}")
+
+
+def _available(account: Account, allowance: Allowance | None) -> int:
+    """What can be set aside, by the account and by budgets."""
+    if allowance is None:
+        return account.available_pico
+    return min(account.available_pico, allowance.now_pico)
+
+
+def _refusal(account: Account, allowance: Allowance | None, missing_pico: int) -> HoldResult:
+    """Why ``missing_pico`` cannot be set aside: the tighter of budget and balance says it."""
+    by_budget = allowance is not None and allowance.now_pico < min(
+        missing_pico, account.available_pico + 1
+    )
+    later_pico = allowance.later_pico if by_budget and allowance else account.balance_pico
+    if later_pico >= missing_pico:
+        status = HoldStatus.EXCEEDS_UNTIL_OTHERS_END
+    else:
+        status = HoldStatus.EXCEEDS_BUDGET if by_budget else HoldStatus.EXCEEDS_BALANCE
+    return HoldResult(status, None, _available(account, allowance), allowance)
 
 
 def _overdrawn(account: Account) -> bool:

@@ -7,13 +7,14 @@ importing this module in a process that is not one of the cluster's own.
 import asyncio
 import contextlib
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator
 
 import httpx
 import ray
 from ray import serve
-from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.config import ProxyLocation
 
 from market import catalog, pricing
 from market.clock import SystemClock
@@ -22,7 +23,14 @@ from market.cluster.actors import start_service, stop_service
 from market.cluster.serve import import_builder, run_application
 from market.config import Config
 from market.errors import InvalidRequest, MarketError, MarketFault
-from market.services import LEDGER, SCHEDULER, ledger_client, scheduler_client
+from market.services import (
+    ANSWERS,
+    LEDGER,
+    SCHEDULER,
+    answers_client,
+    ledger_client,
+    scheduler_client,
+)
 from market.types import CURRENCY, Offer, Principal, Role
 
 GATEWAY = "gateway"
@@ -48,21 +56,24 @@ def up(config: Config, operator_key_hash: str, operator_key_id: str, report: Rep
         report("starting the Ray head node")
         cpus = max(node.LOGICAL_CPUS_MIN, hardware.cpu_count())
         indices = [gpu.index for gpu in hardware.gpus()]
+        shutil.rmtree(config.state_dir / "metrics", ignore_errors=True)
+        (config.state_dir / "metrics").mkdir()
         head = node.start_head(config.state_dir, config.logs_dir, cpus, len(indices), indices)
     with _connected(head):
         report("opening the ledger")
         start_service(LEDGER, "market.services:make_ledger", config)
+        start_service(ANSWERS, "market.services:make_answers", config)
         operator = Principal(operator_key_id, Role.OPERATOR, "operator")
         asyncio.run(_register(operator, operator_key_hash))
         report("starting the gateway")
-        # Before the scheduler, which would start Serve with other options to bring models back.
-        options = HTTPOptions(host=config.http_host, port=config.http_port)
-        serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options)
+        # Before the scheduler, which would start Serve with other options to bring models back. No
+        # proxy: gateways listen themselves.
+        serve.start(proxy_location=ProxyLocation.Disabled)
         start_service(SCHEDULER, "market.services:make_scheduler", config)
         asyncio.run(scheduler_client().offer(local_offer(config)))
         app = import_builder(GATEWAY_APP)(config)
         if GATEWAY not in serve.status().applications:
-            run_application(app, GATEWAY, route_prefix="/")
+            run_application(app, GATEWAY, route_prefix=None)
         _wait_until_ready(config)
 
 
@@ -110,6 +121,9 @@ def down(config: Config, report: Report) -> bool:
             report("sealing the ledger")
             asyncio.run(ledger_client().close())
             stop_service(LEDGER)
+            with contextlib.suppress(MarketError):
+                asyncio.run(answers_client().close())
+            stop_service(ANSWERS)
             report("stopping model replicas")
             serve.shutdown()
     finally:

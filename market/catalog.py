@@ -21,7 +21,8 @@ CPU_PARAMETERS_MAX = 700_000_000
 class Model:
     """A catalog entry. ``source`` is ``local`` (made by our script) or a hub repository.
 
-    Prices are per million tokens, as decimal strings.
+    Prices are per million tokens, as decimal strings. A model that ``embeds`` makes vectors, not
+    answers. Parsers are vLLM's, by name: how the model writes tool calls and reasoning.
     """
 
     name: str
@@ -36,6 +37,9 @@ class Model:
     input_price: str
     cached_input_price: str
     output_price: str
+    embeds: bool = False
+    tool_parser: str = "hermes"
+    reasoning_parser: str = ""
 
     @property
     def served_context_tokens(self) -> int:

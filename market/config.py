@@ -13,6 +13,8 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_FEE_BPS = 1000
 DEFAULT_ISSUER = "Compute Market"
 DEFAULT_NODE_PATIENCE_S = 60
+DEFAULT_GATEWAYS = 1
+GATEWAYS_MAX = 64
 
 
 class UsageSync(StrEnum):
@@ -36,6 +38,8 @@ class Config:
     issuer: str = DEFAULT_ISSUER
     usage_sync: UsageSync = UsageSync.SPOOL
     node_patience_s: int = DEFAULT_NODE_PATIENCE_S
+    gateways: int = DEFAULT_GATEWAYS
+    node: str = "local"
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> "Config":
@@ -57,6 +61,9 @@ class Config:
         patience = environ.get("MARKET_NODE_PATIENCE_S") or str(DEFAULT_NODE_PATIENCE_S)
         if not patience.isdigit():
             raise InvalidRequest(f"MARKET_NODE_PATIENCE_S={patience!r}: whole seconds, e.g. 60")
+        gateways = environ.get("MARKET_GATEWAYS") or str(DEFAULT_GATEWAYS)
+        if not gateways.isdigit() or not 1 <= int(gateways) <= GATEWAYS_MAX:
+            raise InvalidRequest(f"MARKET_GATEWAYS={gateways!r}: 1 to {GATEWAYS_MAX}")
         return cls(
             home,
             url,
@@ -65,6 +72,7 @@ class Config:
             environ.get("MARKET_ISSUER") or DEFAULT_ISSUER,
             UsageSync(sync),
             int(patience),
+            int(gateways),
         )
 
     @property

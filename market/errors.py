@@ -7,6 +7,9 @@ MarketError
 ├── InvalidKey              401  missing, wrong, expired or revoked API key
 ├── InsufficientBalance     402  the balance cannot cover even a short answer
 ├── PermissionDenied        403  the key's role or scope does not allow it
+├── RateLimited             429  too many requests or tokens a minute, or at once, for this key
+│   ├── TokensLimited       429  too many tokens a minute
+│   └── SlowDown            429  too many of this tenant's requests wait
 ├── NotFound                404  unknown model, tenant, deployment ...
 ├── Conflict                409  the same id was used before for something else
 ├── Overloaded              503  try again later (queue full, model starting, ledger restarting)
@@ -108,6 +111,26 @@ class PermissionDenied(MarketError):
     http_status = 403
     type = "permission_denied"
     code = "permission_denied"
+
+
+class RateLimited(MarketError):
+    """A limit of the key is reached for now; ``type`` is what there was too much of."""
+
+    http_status = 429
+    type = "requests"
+    code = "rate_limit_exceeded"
+
+
+class TokensLimited(RateLimited):
+    """Too many tokens a minute."""
+
+    type = "tokens"
+
+
+class SlowDown(RateLimited):
+    """The tenant's own queue is full: others are served, it has to wait."""
+
+    code = "slow_down"
 
 
 class NotFound(MarketError):

@@ -8,8 +8,9 @@ from datetime import UTC, datetime, timedelta
 
 from market import accounts as rules
 from market import pricing
-from market.accounts import Account, Books, HoldResult, HoldState, Transfer, TransferKind
+from market.accounts import Account, Books, Hold, HoldResult, HoldState, Transfer, TransferKind
 from market.catalog import Model
+from market.credit import Credit, within
 from market.errors import Conflict, EngineFailed, InvalidRequest, NotFound
 from market.ports import Engine
 from market.types import (
@@ -20,6 +21,7 @@ from market.types import (
     EngineChunk,
     EngineRequest,
     FinishReason,
+    HoldChange,
     HoldRequest,
     Offer,
     Principal,
@@ -27,8 +29,8 @@ from market.types import (
     RecordKind,
     Replica,
     Route,
+    SliceAsk,
     TokenCounts,
-    UsageQuality,
     UsageRecord,
 )
 
@@ -69,8 +71,11 @@ class FakeEngine:
     requests: list[EngineRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
+    def generate(self, request: EngineRequest, credit: Credit) -> AsyncGenerator[EngineChunk, None]:
         """One chunk per token; the text of token n is its number and a space."""
+        return within(self._generate(request), credit)
+
+    async def _generate(self, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
         self.requests.append(request)
         assert request.sampling.max_tokens is not None
         limit = request.sampling.max_tokens
@@ -182,40 +187,41 @@ class MemoryLedger:
         self._check_epoch(request.producer, request.epoch)
         return self._books.open_hold(request)
 
-    async def open_holds(self) -> list[rules.Hold]:
+    async def resize_hold(self, producer: str, epoch: int, change: HoldChange) -> HoldResult:
+        """Let a hold grow or shrink."""
+        self._own_hold(producer, epoch, change.hold_id)
+        return self._books.resize_hold(
+            change.hold_id, change.version, change.wanted_pico, change.minimum_pico
+        )
+
+    async def open_holds(self) -> list[Hold]:
         """Holds that have not ended."""
         return [h for h in self._books.holds.values() if h.state is HoldState.PENDING]
 
     async def register_producer(self, producer: str) -> int:
-        """A new epoch; open holds of the old one end with an empty record."""
+        """A new epoch; open holds of the old one expire."""
         epoch = self._producers.get(producer, (0, 0))[0] + 1
         self._producers[producer] = (epoch, 0)
         for hold in await self.open_holds():
-            if hold.request.producer != producer:
-                continue
-            if hold.request.shared:
+            if hold.request.producer == producer:
                 self._books.expire_hold(hold.request.hold_id)
-            else:
-                self._book(
-                    UsageRecord.for_hold(
-                        hold.request,
-                        counts=TokenCounts(0, 0, 0),
-                        finished_at=self._clock.now(),
-                        charge_pico=0,
-                        finish_reason=FinishReason.MARKET_FAULT,
-                        usage_quality=UsageQuality.RECOVERED,
-                    )
-                )
         return epoch
 
+    async def producer_mark(self, producer: str) -> tuple[int, int]:
+        """(epoch, next sequence number)."""
+        return self._producers.get(producer, (0, 0))
+
     async def end_hold(self, producer: str, epoch: int, hold_id: str) -> None:
-        """Give back what is left of a shared hold."""
+        """Give back what is left of a hold."""
+        if self._own_hold(producer, epoch, hold_id).state is HoldState.PENDING:
+            self._books.void_hold(hold_id)
+
+    def _own_hold(self, producer: str, epoch: int, hold_id: str) -> Hold:
         self._check_epoch(producer, epoch)
         hold = self._books.holds.get(hold_id)
-        if hold is None or hold.request.producer != producer or not hold.request.shared:
-            raise InvalidRequest(f"{producer} has no shared hold {hold_id}")
-        if hold.state is HoldState.PENDING:
-            self._books.void_hold(hold_id)
+        if hold is None or hold.request.producer != producer:
+            raise InvalidRequest(f"{producer} has no hold {hold_id}")
+        return hold
 
     async def append_records(
         self, producer: str, epoch: int, first_seq: int, records: Sequence[UsageRecord]
@@ -267,26 +273,17 @@ class MemoryLedger:
             if hold is not None and amount_pico > hold.left_pico:
                 raise InvalidRequest(f"hold {hold_id} has only {hold.left_pico} left")
         for record in records:
-            if record.request_id is not None or record.slice_id is not None:
-                self._check_hold(record)
-
-    def _check_hold(self, record: UsageRecord) -> None:
-        hold_id = record.slice_id or record.request_id or ""
-        hold = self._books.holds.get(hold_id)
-        if hold is None or hold.request.tenant_id != record.tenant_id:
-            raise InvalidRequest(f"hold {hold_id} is unknown or not of {record.tenant_id}")
+            hold = self._books.holds.get(record.slice_id or "")
+            if record.slice_id is None and record.charge_pico == 0:
+                continue
+            if hold is None or hold.request.tenant_id != record.tenant_id:
+                raise InvalidRequest(
+                    f"hold {record.slice_id} is unknown or not of {record.tenant_id}"
+                )
 
     def _book(self, record: UsageRecord) -> None:
         if record.slice_id is not None:
             self._books.draw_hold(record.slice_id, record.charge_pico)
-        elif record.request_id is None:
-            pass
-        elif record.usage_quality is UsageQuality.RECOVERED:
-            self._books.expire_hold(record.request_id)
-        elif record.charge_pico == 0:
-            self._books.void_hold(record.request_id)
-        else:
-            self._books.post_hold(record.request_id, record.charge_pico)
         self.records.append(record)
         if record.charge_pico:
             lsn = len(self.records)
@@ -380,7 +377,13 @@ class DirectSink:
         self._producer = producer
         self._epoch = 0
         self._requests = 0
-        self._next_seq = 0
+        self.next_seq = 0
+        self.under_way: dict[str | None, UsageRecord] = {}
+
+    @property
+    def booked(self) -> int:
+        """All that was recorded."""
+        return self.next_seq
 
     async def start(self) -> None:
         """Take an epoch."""
@@ -395,9 +398,36 @@ class DirectSink:
         self._requests += 1
         return f"req-{self._producer}-{self._requests}"
 
+    def begin(self, record: UsageRecord) -> None:
+        """Remember it."""
+        self.under_way[record.request_id] = record
+
     async def record(self, record: UsageRecord) -> UsageRecord:
         """Book it."""
-        self._next_seq = await self._ledger.append_records(
-            self._producer, self._epoch, self._next_seq, [record]
+        self.next_seq = await self._ledger.append_records(
+            self._producer, self._epoch, self.next_seq, [record]
         )
+        self.under_way.pop(record.request_id, None)
         return record
+
+    async def recover(self) -> None:
+        """What a sweep does when this process has died: the unfinished get their records."""
+        for record in list(self.under_way.values()):
+            await self.record(record)
+        await self._ledger.register_producer(self._producer)
+
+
+class DirectGrants:
+    """The Grants port straight on a ledger: there is no scheduler."""
+
+    def __init__(self, ledger: MemoryLedger) -> None:
+        self._ledger = ledger
+        self.asked: list[SliceAsk] = []
+
+    async def grant(self, ask: SliceAsk) -> HoldResult:
+        """Whatever the ledger says."""
+        self.asked.append(ask)
+        if ask.opens is not None:
+            return await self._ledger.open_hold(ask.opens)
+        assert ask.changes is not None
+        return await self._ledger.resize_hold(ask.producer, ask.epoch, ask.changes)

@@ -1,82 +1,113 @@
 """A token request from admission to its usage record: the story, top to bottom, over ports.
 
-Whatever happens to an admitted request, exactly one usage record ends its hold.
+Whatever happens to an admitted request, exactly one usage record is made of it and what it had
+reserved returns.
 """
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, TypeVar
 
 import msgspec
 
 from market import pricing
-from market.accounts import Hold, HoldResult, HoldStatus
+from market.credit import Credit
 from market.errors import (
     ContextTooLong,
     EngineFailed,
-    InsufficientBalance,
-    MarketError,
     MarketFault,
-    Overloaded,
     PermissionDenied,
 )
-from market.ports import Clock, Holds, Routes, UsageSink
+from market.fairness import input_work
+from market.ports import Clock, Routes, UsageSink
+from market.queueing import Queues
+from market.slices import Need, PurseKey, Reservation
+from market.slicing import Slices
 from market.types import (
     EngineChunk,
     EngineRequest,
     FinishReason,
-    HoldRequest,
+    Grammar,
     Lane,
     Principal,
     RateCard,
+    RecordKind,
     Role,
     Route,
     Sampling,
     TokenCounts,
+    UsageQuality,
     UsageRecord,
 )
 
 DISPATCHES_MAX = 2
 CLAIM_MAX = 2**62
+# The next block is asked for when so many tokens of the last are left.
+EXTEND_AHEAD_TOKENS = 64
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
+class Ask:
+    """What is to be generated: ``answers`` of them for each of the prompts (token ids).
+
+    ``chat`` is the chat request as JSON, if the engine is to parse the model's answer.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    sampling: Sampling
+    answers: int = 1
+    grammar: Grammar | None = None
+    chat: bytes | None = None
+    embeds: bool = False
+    attrs: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def input_tokens(self) -> int:
+        """Tokens of all prompts; each counts once, however many answers it gets."""
+        return sum(map(len, self.prompts))
+
+    @property
+    def count(self) -> int:
+        """Answers in all; number i is of prompt ``i // answers``."""
+        return len(self.prompts) * self.answers
+
+
+@dataclass(slots=True)
 class Admission:
-    """A request that may be served: its place, its price and the money set aside for it."""
+    """A request that may be served: its place, its price and the money reserved for it.
+
+    ``draft`` is its record if it is never finished; on a lease nothing is reserved.
+    """
 
     request_id: str
     principal: Principal
     route: Route
     card: RateCard
-    hold: Hold
-    prompt_token_ids: tuple[int, ...]
-    sampling: Sampling
-    limited_by_budget: bool
+    ask: Ask
+    draft: UsageRecord
+    output_limit: int
+    key: PurseKey
+    reservation: Reservation | None
     started_at: datetime
     arrived_s: float
-
-    @property
-    def output_limit(self) -> int:
-        """Most output tokens the engine may generate."""
-        assert self.sampling.max_tokens is not None
-        return self.sampling.max_tokens
+    limited_by_money: bool = False
 
 
 class Meter:
     """Counts what the gateway received from the engine: the basis of the bill."""
 
-    def __init__(self, route: Route, input_tokens: int, arrived_s: float) -> None:
-        self.route = route
-        self._input_tokens = input_tokens
-        self._arrived_s = arrived_s
-        self._cached_input_tokens = 0
-        self._output_tokens = 0
-        self.claimed_output_tokens: int | None = None
+    def __init__(self, admission: Admission) -> None:
+        self.route = admission.route
+        self._ask = admission.ask
+        self._arrived_s = admission.arrived_s
+        self._cached = [0] * len(admission.ask.prompts)
+        self.output = [0] * admission.ask.count
+        self._claimed: list[int | None] = [None] * admission.ask.count
         self._replica: str | None = None
         self._served_tokens: int | None = None
         self.dispatched_s: float | None = None
@@ -85,15 +116,24 @@ class Meter:
     @property
     def counts(self) -> TokenCounts:
         """Token counts so far; cached ones are the replica's word, capped at the input."""
-        return TokenCounts(self._input_tokens, self._cached_input_tokens, self._output_tokens)
+        return TokenCounts(self._ask.input_tokens, sum(self._cached), sum(self.output))
+
+    @property
+    def claimed_output_tokens(self) -> int | None:
+        """The replica's own count of all answers."""
+        known = [count for count in self._claimed if count is not None]
+        return sum(known) if known else None
 
     def add(self, chunk: EngineChunk, now_s: float) -> None:
         """Count one chunk."""
+        answer, (prompt, nth) = chunk.index, divmod(chunk.index, self._ask.answers)
         if chunk.token_ids and self.first_token_s is None:
             self.first_token_s = now_s
-        self._output_tokens += len(chunk.token_ids)
-        self._cached_input_tokens = _within(chunk.counts.cached_input_tokens, self._input_tokens)
-        self.claimed_output_tokens = _within(chunk.counts.output_tokens, CLAIM_MAX)
+        self.output[answer] += len(chunk.token_ids)
+        if nth == 0:  # the others find the prompt in the cache because of this one
+            length = len(self._ask.prompts[prompt])
+            self._cached[prompt] = _within(chunk.counts.cached_input_tokens, length)
+        self._claimed[answer] = _within(chunk.counts.output_tokens, CLAIM_MAX)
         if chunk.replica is not None:
             self._replica = chunk.replica
         if chunk.served_tokens is not None:
@@ -112,26 +152,33 @@ class Meter:
         return None if until_s is None else round((until_s - self._arrived_s) * 1000)
 
 
+@dataclass(slots=True)
+class _Running:
+    """What a request under way has open besides its stream."""
+
+    credits: dict[int, Credit] = field(default_factory=dict)
+    extending: set[int] = field(default_factory=set)
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+
 class Inference:
     """Serves token requests over its ports; holds no state but the records on their way."""
 
-    def __init__(self, clock: Clock, holds: Holds, sink: UsageSink, routes: Routes) -> None:
+    def __init__(
+        self, clock: Clock, slices: Slices, queues: Queues, sink: UsageSink, routes: Routes
+    ) -> None:
         self._clock = clock
-        self._holds = holds
+        self._slices = slices
+        self._queues = queues
         self._sink = sink
         self._routes = routes
         self._background: set[asyncio.Task[Any]] = set()
 
-    async def admit(
-        self,
-        principal: Principal,
-        route: Route,
-        prompt_token_ids: tuple[int, ...],
-        sampling: Sampling,
-    ) -> Admission:
-        """Price the request and set the money aside. Nothing is recorded if this raises.
+    async def admit(self, principal: Principal, route: Route, ask: Ask) -> Admission:
+        """Price the request and reserve the money. Nothing is recorded if this raises.
 
-        Raises PermissionDenied, ContextTooLong, InsufficientBalance or NotFound (no price).
+        Raises PermissionDenied, ContextTooLong, InsufficientBalance, NotFound (no price) or
+        Overloaded.
         """
         arrived_s, started_at = self._clock.monotonic(), self._clock.now()
         if principal.role is not Role.TENANT:
@@ -139,70 +186,70 @@ class Inference:
                 f"a key of role {principal.role} cannot buy tokens; use a tenant's key "
                 "(market keys create --tenant NAME)"
             )
-        input_tokens = len(prompt_token_ids)
-        limit = output_limit(route, input_tokens, sampling.max_tokens)
+        # A vector is no output token, but its prompt needs a place in the context all the same.
+        wanted = 0 if ask.embeds else ask.sampling.max_tokens
+        limit = min(output_limit(route, len(prompt), wanted) for prompt in ask.prompts)
         card = await self._routes.rate_card(route.model)
-        producer, epoch = self._sink.identity()
-        least = min(limit, pricing.FIRST_BLOCK_TOKENS)
-        paid_by_the_hour = route.lane is Lane.LEASE
-        request = HoldRequest(
-            hold_id=self._sink.next_request_id(),
-            producer=producer,
-            epoch=epoch,
-            tenant_id=principal.subject_id,
-            api_key_id=principal.api_key_id,
-            wanted_pico=0 if paid_by_the_hour else pricing.ceiling(input_tokens, limit, card),
-            minimum_pico=0 if paid_by_the_hour else pricing.ceiling(input_tokens, least, card),
-            model=route.model,
-            lane=route.lane,
-            deployment_id=route.deployment_id,
-            provider_id=route.provider_id,
-            node_id=route.node_id,
-            gpu_type=route.gpu_type,
-            gpu_milli=route.gpu_milli,
-            price_id=card.price_id,
-            currency=card.currency,
-            started_at=started_at,
+        self._queues.check(pool_of(route), principal.subject_id)
+        key = PurseKey(
+            principal.subject_id,
+            route.model,
+            principal.api_key_id if principal.budgeted else None,
         )
-        hold = granted(await self._open_hold(request), request, input_tokens, card)
-        affordable = None
-        if not paid_by_the_hour:
-            affordable = pricing.affordable_output(hold.amount_pico, input_tokens, card)
-        limited_by_budget = affordable is not None and affordable < limit
-        if limited_by_budget:
-            assert affordable is not None
-            limit = affordable
+        reservation = None
+        if route.lane is not Lane.LEASE:
+            need = Need(ask.input_tokens, first_block(limit, card), limit, ask.count)
+            reservation = await self._slices.reserve(key, need, card, principal.weight)
+            card = reservation.card
+        try:
+            draft = self._draft(principal, route, ask, card, reservation, started_at)
+            self._sink.begin(draft)
+        except BaseException:
+            if reservation is not None:
+                self._slices.settle(reservation, 0)
+                self._slices.release(reservation)
+            raise
+        assert draft.request_id is not None
         return Admission(
-            request_id=request.hold_id,
+            request_id=draft.request_id,
             principal=principal,
             route=route,
             card=card,
-            hold=hold,
-            prompt_token_ids=prompt_token_ids,
-            sampling=replace(
-                sampling, max_tokens=limit, min_tokens=min(sampling.min_tokens, limit)
-            ),
-            limited_by_budget=limited_by_budget,
+            ask=ask,
+            draft=draft,
+            output_limit=limit,
+            key=key,
+            reservation=reservation,
             started_at=started_at,
             arrived_s=arrived_s,
         )
 
     async def stream(self, admission: Admission) -> AsyncGenerator[EngineChunk | UsageRecord, None]:
-        """Yield the answer's chunks, then its committed usage record.
+        """Yield the answers' chunks, then the safe usage record.
 
         Closing or cancelling it means the client hung up: the engine is aborted and what was
-        generated is recorded in the background. Raises EngineFailed or MarketFault, not billed.
+        generated is recorded in the background. Raises EngineFailed, Overloaded or MarketFault, not
+        billed.
         """
-        meter = Meter(admission.route, len(admission.prompt_token_ids), admission.arrived_s)
+        meter, running = Meter(admission), _Running()
+        pool, request_id = pool_of(admission.route), admission.request_id
         outcome = FinishReason.CLIENT_DISCONNECT
+        reasons: list[FinishReason] = []
+        entered = False
         try:
-            async with aclosing(self._dispatch(admission, meter)) as chunks:
+            await self._enter(admission)
+            entered = True
+            async with aclosing(self._answers(admission, meter, running)) as chunks:
                 async for chunk in chunks:
                     meter.add(chunk, self._clock.monotonic())
-                    if meter.counts.output_tokens > admission.output_limit:
-                        raise MarketFault("the engine generated more tokens than it was asked for")
+                    self._queues.serve(pool, request_id, len(chunk.token_ids))
+                    self._require_paid(admission, meter, running, chunk.index)
                     if chunk.finish_reason is not None:
-                        outcome = final_reason(admission, chunk.finish_reason)
+                        reasons.append(final_reason(admission, chunk.finish_reason))
+                        if len(reasons) == admission.ask.count:
+                            outcome = max(reasons, key=_TELLING.index)
+                    else:
+                        self._extend(admission, meter, running, chunk.index)
                     yield chunk
         except EngineFailed:
             outcome = FinishReason.PROVIDER_ERROR
@@ -211,89 +258,229 @@ class Inference:
             outcome = FinishReason.MARKET_FAULT
             raise
         finally:
+            if entered:
+                self._queues.leave(pool, request_id)
+            for task in running.tasks:
+                task.cancel()
             # Its own task: a cancelled or closed stream must not take its record with it.
-            recording = self._record(admission, meter, outcome)
+            recording = self._record(admission, meter, outcome, running)
         yield await asyncio.shield(recording)
+
+    async def abandon(self, admission: Admission, outcome: FinishReason) -> None:
+        """Record an admitted request that is never streamed; nothing is charged."""
+        await asyncio.shield(self._record(admission, Meter(admission), outcome, _Running()))
 
     async def drain(self) -> None:
         """Wait until every finished request is recorded."""
         while self._background:
             await asyncio.gather(*self._background, return_exceptions=True)
 
-    async def _open_hold(self, request: HoldRequest) -> HoldResult:
-        """Ask for the hold; if the asker is gone before the answer, the hold is ended again."""
-        asking = self._spawn(self._holds.open_hold(request))
-        try:
-            return await asyncio.shield(asking)
-        except asyncio.CancelledError:
-            self._spawn(self._end_unused(request, asking, FinishReason.CLIENT_DISCONNECT))
-            raise
-        except MarketError:
-            self._spawn(self._end_unused(request, asking, FinishReason.MARKET_FAULT))
-            raise
+    # -- from admission to dispatch -------------------------------------------------------------
 
-    async def _end_unused(
-        self, request: HoldRequest, asking: asyncio.Task[HoldResult], why: FinishReason
-    ) -> None:
-        """Find out whether the hold was granted after all, and end it with an empty record."""
-        await asyncio.wait({asking})
-        while True:
+    def _draft(
+        self,
+        principal: Principal,
+        route: Route,
+        ask: Ask,
+        card: RateCard,
+        reservation: Reservation | None,
+        started_at: datetime,
+    ) -> UsageRecord:
+        """The record of a request whose gateway dies before it is finished: charge 0."""
+        self._sink.identity()
+        return UsageRecord(
+            kind=RecordKind.TOKENS,
+            request_id=self._sink.next_request_id(),
+            tenant_id=principal.subject_id,
+            api_key_id=principal.api_key_id,
+            model=route.model,
+            lane=route.lane,
+            deployment_id=route.deployment_id,
+            provider_id=route.provider_id,
+            node_id=route.node_id,
+            gpu_type=route.gpu_type,
+            gpu_milli=route.gpu_milli,
+            started_at=started_at,
+            finished_at=started_at,
+            input_tokens=0,
+            cached_input_tokens=0,
+            output_tokens=0,
+            price_id=card.price_id,
+            charge_pico=0,
+            currency=card.currency,
+            finish_reason=FinishReason.MARKET_FAULT,
+            usage_quality=UsageQuality.RECOVERED,
+            lease_id=route.lease_id,
+            slice_id=None if reservation is None else reservation.slice.slice_id,
+            attrs=ask.attrs,
+        )
+
+    async def _enter(self, admission: Admission) -> None:
+        """Wait for a place at the pool, in fair order."""
+        await self._queues.enter(
+            pool_of(admission.route),
+            admission.request_id,
+            admission.principal.subject_id,
+            admission.principal.weight,
+            input_work(admission.ask.input_tokens),
+            admission.route.places,
+        )
+
+    async def _answers(
+        self, admission: Admission, meter: Meter, running: _Running
+    ) -> AsyncGenerator[EngineChunk, None]:
+        """The chunks of all answers, each with its index, as they come."""
+        if admission.ask.count == 1:
+            async with aclosing(self._dispatch(admission, meter, running, 0)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+            return
+        arrived: asyncio.Queue[EngineChunk | Exception | None] = asyncio.Queue()
+
+        async def read(index: int) -> None:
             try:
-                result = await self._holds.open_hold(request)
-                break
-            except Overloaded as error:
-                await asyncio.sleep(error.retry_after_s or 1)
-        if result.hold is not None:
-            await self._sink.record(
-                UsageRecord.for_hold(
-                    request,
-                    counts=TokenCounts(0, 0, 0),
-                    finished_at=self._clock.now(),
-                    charge_pico=0,
-                    finish_reason=why,
-                )
-            )
+                async with aclosing(self._dispatch(admission, meter, running, index)) as chunks:
+                    async for chunk in chunks:
+                        arrived.put_nowait(msgspec.structs.replace(chunk, index=index))
+                arrived.put_nowait(None)
+            except Exception as error:  # noqa: BLE001  # raised where the chunks are read
+                arrived.put_nowait(error)
+
+        readers = [asyncio.create_task(read(index)) for index in range(admission.ask.count)]
+        try:
+            left = len(readers)
+            while left:
+                item = await arrived.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    left -= 1
+                else:
+                    yield item
+        finally:
+            for reader in readers:
+                reader.cancel()
+            await asyncio.gather(*readers, return_exceptions=True)
 
     async def _dispatch(
-        self, admission: Admission, meter: Meter
+        self, admission: Admission, meter: Meter, running: _Running, index: int
     ) -> AsyncGenerator[EngineChunk, None]:
-        """The engine's chunks; one transparent retry if it fails before the first token."""
+        """One answer's chunks; one transparent retry if the engine fails before the first token."""
+        ask, limit = admission.ask, admission.output_limit
+        sampling = ask.sampling
+        seed = None if sampling.seed is None else sampling.seed + index % ask.answers
+        sampling = msgspec.structs.replace(
+            sampling, max_tokens=limit, min_tokens=min(sampling.min_tokens, limit), seed=seed
+        )
         request = EngineRequest(
             request_id=admission.request_id,
-            prompt_token_ids=admission.prompt_token_ids,
-            sampling=admission.sampling,
+            prompt_token_ids=ask.prompts[index // ask.answers],
+            sampling=sampling,
             cache_salt=admission.principal.subject_id,
+            grammar=ask.grammar,
+            chat=ask.chat,
+            embeds=ask.embeds,
         )
+        paid, begun = admission.reservation, False
         for attempt in range(1, DISPATCHES_MAX + 1):
             meter.dispatched_s = self._clock.monotonic()
             if attempt > 1:
                 meter.route = self._routes.another(meter.route)
             # Another id on the second try: a half-dead replica may still know the first.
-            tried = replace(request, request_id=f"{request.request_id}-{attempt}")
+            name = f"{request.request_id}-{index}-{attempt}"
+            tried = msgspec.structs.replace(request, request_id=name)
+            tokens = limit if paid is None else paid.block_tokens
+            if index not in running.credits:
+                running.credits[index] = Credit(min(tokens, limit), final=tokens >= limit)
             try:
                 engine = self._routes.engine(meter.route)
-                async with aclosing(engine.generate(tried)) as chunks:
+                async with aclosing(engine.generate(tried, running.credits[index])) as chunks:
                     async for chunk in chunks:
+                        begun = begun or bool(chunk.token_ids)
                         yield chunk
                         if chunk.finish_reason is not None:
                             return  # complete: what happens to the replica now is not our matter
                 raise EngineFailed("the replica ended its stream without finishing")
             except EngineFailed:
-                if meter.first_token_s is not None or attempt == DISPATCHES_MAX:
+                if begun or attempt == DISPATCHES_MAX:
                     raise
 
+    # -- money while it is generated -------------------------------------------------------------
+
+    def _require_paid(
+        self, admission: Admission, meter: Meter, running: _Running, index: int
+    ) -> None:
+        credit = running.credits[index]
+        if meter.output[index] > min(credit.tokens, admission.output_limit):
+            raise MarketFault("the engine generated more tokens than it was asked for")
+
+    def _extend(self, admission: Admission, meter: Meter, running: _Running, index: int) -> None:
+        """Reserve the next block before the last is used up; end the answer if there is none."""
+        credit, paid = running.credits[index], admission.reservation
+        left = credit.tokens - meter.output[index]
+        if paid is None or credit.final or index in running.extending or left > EXTEND_AHEAD_TOKENS:
+            return
+        limit = admission.output_limit
+        more = min(pricing.FIRST_BLOCK_TOKENS, limit - credit.tokens)
+        if self._slices.extend(admission.key, paid, more):
+            credit.extend(credit.tokens + more, final=credit.tokens + more >= limit)
+            return
+        running.extending.add(index)
+
+        async def wait() -> None:
+            weight = admission.principal.weight
+            got = await self._slices.extend_or_wait(admission.key, paid, more, weight)
+            if got == 0:
+                admission.limited_by_money = True
+            final = got == 0 or credit.tokens + got >= limit
+            credit.extend(credit.tokens + got, final)
+            running.extending.discard(index)
+
+        task = asyncio.get_running_loop().create_task(wait())
+        running.tasks.add(task)
+        task.add_done_callback(running.tasks.discard)
+
+    # -- the record ------------------------------------------------------------------------------
+
     def _record(
-        self, admission: Admission, meter: Meter, outcome: FinishReason
+        self, admission: Admission, meter: Meter, outcome: FinishReason, running: _Running
     ) -> asyncio.Task[UsageRecord]:
-        finished_s = self._clock.monotonic()
-        record = make_record(admission, meter, outcome, self._clock.now(), finished_s)
-        return self._spawn(self._sink.record(record))
+        return self._spawn(self._record_now(admission, meter, outcome, set(running.tasks)))
+
+    async def _record_now(
+        self,
+        admission: Admission,
+        meter: Meter,
+        outcome: FinishReason,
+        extending: set[asyncio.Task[None]],
+    ) -> UsageRecord:
+        if extending:  # they may hold a part of the reservation until they have ended
+            await asyncio.gather(*extending, return_exceptions=True)
+        record = make_record(admission, meter, outcome, self._clock.now(), self._clock.monotonic())
+        paid = admission.reservation
+        if paid is None:
+            return await self._sink.record(record)
+        self._slices.settle(paid, record.charge_pico)
+        try:
+            return await self._sink.record(record)
+        finally:
+            self._slices.release(paid)
 
     def _spawn(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
+
+
+def pool_of(route: Route) -> str:
+    """The queue in which requests for a route wait: that of its model, or of its lease."""
+    return route.lease_id or route.model
+
+
+def first_block(limit: int, card: RateCard) -> int:
+    """Output tokens to pay for before dispatch; all of them where they cost nothing."""
+    return limit if card.output_pico == 0 else min(limit, pricing.FIRST_BLOCK_TOKENS)
 
 
 def _within(claimed: int, most: int) -> int:
@@ -305,7 +492,7 @@ def output_limit(route: Route, input_tokens: int, max_tokens: int | None) -> int
     """Output tokens that fit the context. Raises ContextTooLong if the request cannot fit."""
     context = route.max_context_tokens
     room = context - input_tokens
-    if room < 1 or (max_tokens is not None and max_tokens > room):
+    if room < (1 if max_tokens is None else max_tokens):
         answer = "" if max_tokens is None else f" and {max_tokens} for the answer"
         raise ContextTooLong(
             f"{route.model} has a context of {context} tokens, but the request needs "
@@ -315,38 +502,18 @@ def output_limit(route: Route, input_tokens: int, max_tokens: int | None) -> int
     return room if max_tokens is None else max_tokens
 
 
-def granted(result: HoldResult, request: HoldRequest, input_tokens: int, card: RateCard) -> Hold:
-    """The hold, or InsufficientBalance that names what would fit."""
-    if result.hold is not None:
-        return result.hold
-    fits = pricing.affordable_output(result.available_pico, input_tokens, card)
-    metadata = {
-        "needed": pricing.format_money(request.minimum_pico),
-        "available": pricing.format_money(result.available_pico),
-        "currency": card.currency,
-        "affordable_max_tokens": fits,
-    }
-    if result.status is HoldStatus.EXCEEDS_UNTIL_OTHERS_END:
-        raise InsufficientBalance(
-            "requests in flight hold the rest of the balance; try again when they end",
-            code="in_flight_budget_exhausted",
-            metadata=metadata,
-            retry_after_s=1,
-        )
-    if result.status is HoldStatus.ACCOUNT_NOT_FOUND:
-        raise MarketFault(f"tenant {request.tenant_id} has no account")
-    hint = f"; max_tokens={fits} would fit" if fits else ""
-    raise InsufficientBalance(
-        f"the balance of {metadata['available']} {card.currency} does not cover "
-        f"{metadata['needed']} {card.currency} for the prompt and a first block of the "
-        f"answer{hint}; deposit more (market tenants deposit {request.tenant_id} AMOUNT)",
-        metadata=metadata,
-    )
+# Of several answers the one that ended last in this order says why the request ended.
+_TELLING = (
+    FinishReason.STOP,
+    FinishReason.TOOL_CALLS,
+    FinishReason.LENGTH,
+    FinishReason.BUDGET,
+)
 
 
 def final_reason(admission: Admission, reported: FinishReason) -> FinishReason:
-    """``length`` caused by the balance is ``budget`` in the ledger."""
-    if reported is FinishReason.LENGTH and admission.limited_by_budget:
+    """``length`` for want of money is ``budget`` in the ledger."""
+    if reported is FinishReason.LENGTH and admission.limited_by_money:
         return FinishReason.BUDGET
     return reported
 
@@ -359,28 +526,26 @@ def make_record(
     finished_s: float,
 ) -> UsageRecord:
     """The usage record of a request that has ended."""
-    request, counts = admission.hold.request, meter.counts
-    record = UsageRecord.for_hold(
-        request,
-        counts=counts,
+    counts, route = meter.counts, meter.route
+    return msgspec.structs.replace(
+        admission.draft,
+        # After a retry: where it really ran, which another provider may own.
+        deployment_id=route.deployment_id,
+        provider_id=route.provider_id,
+        node_id=route.node_id,
+        gpu_type=route.gpu_type,
+        gpu_milli=route.gpu_milli,
+        lease_id=route.lease_id,
         finished_at=finished_at,
-        charge_pico=pricing.charge(counts, admission.card, outcome, request.lane),
+        input_tokens=counts.input_tokens,
+        cached_input_tokens=counts.cached_input_tokens,
+        output_tokens=counts.output_tokens,
+        charge_pico=pricing.charge(counts, admission.card, outcome, admission.route.lane),
         finish_reason=outcome,
+        usage_quality=UsageQuality.ENGINE,
         claimed_output_tokens=meter.claimed_output_tokens,
         queue_ms=meter.elapsed_ms(meter.dispatched_s),
         ttft_ms=meter.elapsed_ms(meter.first_token_s),
         duration_ms=meter.elapsed_ms(finished_s),
-        lease_id=meter.route.lease_id,
-        attrs=meter.evidence(),
-    )
-    if meter.route is admission.route:
-        return record
-    # Whoever served is paid, not who was asked first.
-    served = meter.route
-    return msgspec.structs.replace(
-        record,
-        provider_id=served.provider_id,
-        node_id=served.node_id,
-        gpu_type=served.gpu_type,
-        gpu_milli=served.gpu_milli,
+        attrs=(*admission.draft.attrs, *meter.evidence()),
     )

@@ -36,7 +36,7 @@ class LeaseLedger(Protocol):
         ...
 
     async def end_hold(self, producer: str, epoch: int, hold_id: str) -> None:
-        """Give back what is left of a shared hold; again is harmless."""
+        """Give back what is left of a hold; again is harmless."""
         ...
 
     async def open_holds(self) -> list[Hold]:
@@ -208,15 +208,8 @@ class Leasing:
                 minimum_pico=minimum_pico,
                 model=lease.model,
                 lane=Lane.LEASE,
-                deployment_id=lease.lease_id,
-                provider_id=lease.provider_id,
-                node_id=lease.node_id,
-                gpu_type=lease.gpu_type,
-                gpu_milli=lease.total_milli,
-                price_id=lease.price_id,
                 currency=lease.currency,
                 started_at=plan.start,
-                shared=True,
             )
         )
         crash.reach("lease-held")

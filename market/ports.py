@@ -5,13 +5,15 @@ from datetime import datetime
 from typing import Protocol
 
 from market.accounts import HoldResult
+from market.credit import Credit
 from market.types import (
     EngineChunk,
     EngineRequest,
-    HoldRequest,
+    HoldChange,
     Principal,
     RateCard,
     Route,
+    SliceAsk,
     UsageRecord,
 )
 
@@ -31,19 +33,36 @@ class Clock(Protocol):
 class Engine(Protocol):
     """Something that generates tokens: vLLM, transformers, or a replica far away."""
 
-    def generate(self, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
+    def generate(self, request: EngineRequest, credit: Credit) -> AsyncGenerator[EngineChunk, None]:
         """Stream chunks; the last one has a finish reason. Closing the iterator aborts.
+
+        No more tokens come than ``credit`` covers; where it ends for good, the answer does.
 
         Raises EngineFailed when the engine or its replica dies, InvalidRequest when it refuses.
         """
         ...
 
 
-class Holds(Protocol):
-    """Money set aside before a request is served."""
+class Grants(Protocol):
+    """Where a gateway asks for slices: the scheduler."""
 
-    async def open_hold(self, request: HoldRequest) -> HoldResult:
-        """Reserve; doing it again with the same id returns the first result."""
+    async def grant(self, ask: SliceAsk) -> HoldResult:
+        """Open a slice or let it grow, as far as money and fair shares go.
+
+        Doing it again returns the first result.
+        """
+        ...
+
+
+class Returns(Protocol):
+    """Where a gateway gives slices back: the ledger."""
+
+    async def resize_hold(self, producer: str, epoch: int, change: HoldChange) -> HoldResult:
+        """Let a slice shrink."""
+        ...
+
+    async def end_hold(self, producer: str, epoch: int, hold_id: str) -> None:
+        """Give back what is left of a slice."""
         ...
 
 
@@ -59,6 +78,20 @@ class UsageSink(Protocol):
 
     def next_request_id(self) -> str:
         """A fresh id, counted at admission."""
+        ...
+
+    @property
+    def booked(self) -> int:
+        """Records with a smaller number are in the ledger."""
+        ...
+
+    @property
+    def next_seq(self) -> int:
+        """Number of the next record."""
+        ...
+
+    def begin(self, record: UsageRecord) -> None:
+        """A request is under way; this is its record if its process dies. Raises Overloaded."""
         ...
 
     async def record(self, record: UsageRecord) -> UsageRecord:

@@ -11,11 +11,13 @@ from market.cluster.actors import proxy
 from market.config import Config
 
 if TYPE_CHECKING:
+    from market.answers import Answers
     from market.ledger.service import Ledger
     from market.scheduler.service import Scheduler
 
 LEDGER = "ledger"
 SCHEDULER = "scheduler"
+ANSWERS = "answers"
 
 
 def make_ledger(config: Config) -> "Ledger":
@@ -39,6 +41,20 @@ def make_scheduler(config: Config) -> "Scheduler":
         ServeCluster(config),
         partial(send, proxy(UsageLedger, LEDGER)),  # type: ignore[type-abstract]
     )
+
+
+def make_answers(config: Config) -> "Answers":
+    """The store of answers as its actor runs it."""
+    from market.answers import Answers
+
+    return Answers(config, SystemClock())
+
+
+def answers_client() -> "Answers":
+    """The store of answers of the running market."""
+    from market.answers import Answers
+
+    return proxy(Answers, ANSWERS)
 
 
 def ledger_client() -> "Ledger":

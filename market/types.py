@@ -68,13 +68,47 @@ class Role(StrEnum):
     PROVIDER = "provider"
 
 
+class Period(StrEnum):
+    """The stretch of time that a budget is for; ``total`` never begins anew."""
+
+    HOUR = "hour"
+    DAY = "day"
+    MONTH = "month"
+    TOTAL = "total"
+
+
+class KeyPolicy(msgspec.Struct, frozen=True):
+    """What a key may do besides its role. None: no limit.
+
+    A ``read_only`` key reads, but buys and changes nothing. Limits are for all gateways together.
+    """
+
+    models: tuple[str, ...] | None = None
+    lanes: tuple[Lane, ...] | None = None
+    read_only: bool = False
+    expires_at: datetime | None = None
+    requests_per_min: int | None = None
+    tokens_per_min: int | None = None
+    concurrent: int | None = None
+
+
+UNLIMITED = KeyPolicy()
+
+
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """An authenticated API key. ``subject_id`` is the tenant's or provider's id."""
+    """An authenticated API key. ``subject_id`` is the tenant's or provider's id.
+
+    ``weight`` is the tenant's share of contended pools; ``budgeted`` keys have money of their own
+    set aside, because what they may spend is less than what the tenant has.
+    """
 
     api_key_id: str
     role: Role
     subject_id: str
+    policy: KeyPolicy = UNLIMITED
+    weight: int = 1
+    budgeted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +130,16 @@ class RateCard:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenCounts:
+class Access:
+    """What gateways keep at hand: a number that changes with every key, budget or tenant, and the
+    prices in force.
+    """
+
+    version: str
+    cards: tuple[RateCard, ...]
+
+
+class TokenCounts(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """``input_tokens`` includes ``cached_input_tokens``."""
 
     input_tokens: int
@@ -104,11 +147,11 @@ class TokenCounts:
     output_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
+class Sampling(msgspec.Struct, frozen=True, array_like=True):
     """Sampling parameters under the names engines use.
 
-    ``max_tokens`` None: as many as the context and the balance allow.
+    ``max_tokens`` None: as many as the context and the balance allow. ``logprobs`` and
+    ``prompt_logprobs``: how many alternatives per token, None for none at all.
     """
 
     max_tokens: int | None
@@ -124,24 +167,70 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class EngineRequest:
-    """What an engine is asked: token ids in, so that gateway and engine count the same."""
+class GrammarKind(StrEnum):
+    """What the text of an answer must follow."""
+
+    JSON_OBJECT = "json_object"
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICE = "choice"
+    GRAMMAR = "grammar"
+
+
+class Grammar(msgspec.Struct, frozen=True, array_like=True):
+    """A constraint on the answer; ``text`` is the schema, expression or choices (JSON list)."""
+
+    kind: GrammarKind
+    text: str = ""
+
+
+class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
+    """What an engine is asked: token ids in, so that gateway and engine count the same.
+
+    ``chat``, if there is one, is the chat request as JSON: the engine then turns its text into
+    tool calls and reasoning by the model's own parsers. With ``embeds`` a vector is wanted.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: Sampling
     cache_salt: str
+    grammar: Grammar | None = None
+    chat: bytes | None = None
+    embeds: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class EngineChunk:
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A token and how likely it was; ``text`` is the token alone, perhaps half a character."""
+
+    token_id: int
+    text: str
+    logprob: float
+
+
+class Position(msgspec.Struct, frozen=True, array_like=True):
+    """One place of an answer or prompt: the token there and the likeliest alternatives."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...] = ()
+
+
+class EngineChunk(msgspec.Struct, frozen=True, array_like=True):
     """A piece of an answer. The counts are the engine's own and cumulative.
 
-    ``finish_reason`` is None until the last chunk; then ``stop`` or ``length``. The first chunk
-    names its ``replica``; a last one may say how many tokens that has delivered in all streams.
+    ``finish_reason`` is None until the last chunk; then ``stop``, ``length`` or ``tool_calls``.
+    The first chunk names its ``replica``; a last one may say how many tokens that has delivered in
+    all streams. ``deltas`` are pieces of a chat message as JSON objects, in place of ``text``,
+    where the request asked for parsing. ``prompt_logprobs`` come with the first chunk; the first
+    token of a prompt has none. ``index`` tells the answers of one request apart.
+    An ``embedding`` is a vector of little-endian 32-bit floats.
     """
 
     text: str
@@ -150,13 +239,20 @@ class EngineChunk:
     finish_reason: FinishReason | None = None
     replica: str | None = None
     served_tokens: int | None = None
+    logprobs: tuple[Position, ...] | None = None
+    deltas: tuple[bytes, ...] | None = None
+    prompt_logprobs: tuple[Position | None, ...] | None = None
+    stop_reason: int | str | None = None
+    index: int = 0
+    embedding: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
     """A replica that serves a model, and what the ledger writes about the place.
 
-    Only keys of ``tenant_id`` may use it, if there is one: the holder of the lease.
+    Only keys of ``tenant_id`` may use it, if there is one: the holder of the lease. ``places`` is
+    how many answers the replica can generate at once. A model that ``embeds`` does nothing else.
     """
 
     model: str
@@ -171,6 +267,9 @@ class Route:
     gpu_milli: int
     tenant_id: str | None = None
     lease_id: str | None = None
+    places: int = 128
+    embeds: bool = False
+    reasoning_parser: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,29 +293,88 @@ class RouteTable:
 class HoldRequest:
     """Money to set aside: ``wanted_pico``, or as much as there is from ``minimum_pico`` on.
 
-    ``shared``: many records draw on it (a token slice, a lease's hour) and name it as their
-    ``slice_id``; otherwise it is for one request, whose record ends it. The other fields are what
-    that record needs if the gateway dies.
+    Records draw on it (a token slice, a lease's hour) and name it as their ``slice_id``. With an
+    ``api_key_id`` the key's budgets bound it, too; with a ``pack_id`` the money is that of a token
+    pack.
     """
 
     hold_id: str
     producer: str
     epoch: int
     tenant_id: str
-    api_key_id: str
     wanted_pico: int
     minimum_pico: int
     model: str
     lane: Lane
-    deployment_id: str
-    provider_id: str
-    node_id: str
-    gpu_type: str
-    gpu_milli: int
-    price_id: str
     currency: str
     started_at: datetime
-    shared: bool = False
+    api_key_id: str | None = None
+    pack_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HoldChange:
+    """A hold's new amount in all: ``wanted_pico``, or as much as there is from the minimum on.
+
+    Changes are numbered by the hold's owner; one that comes late is left out.
+    """
+
+    hold_id: str
+    version: int
+    wanted_pico: int
+    minimum_pico: int
+
+
+@dataclass(frozen=True, slots=True)
+class SliceAsk:
+    """A gateway wants a slice (``opens``) or more of one that it has (``changes``).
+
+    ``output_pico`` is the price of an output token, ``weight`` the tenant's.
+    """
+
+    producer: str
+    epoch: int
+    tenant_id: str
+    model: str
+    weight: int
+    output_pico: int
+    opens: HoldRequest | None = None
+    changes: HoldChange | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """The most that a key or a tenant (``subject``) may spend in a period, in pico units."""
+
+    subject: str
+    period: Period
+    limit_pico: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Tokens of one model, bought ahead at a price of their own (``price_id``) until they expire.
+
+    ``tokens`` are output tokens; input counts less, in proportion to its price.
+    """
+
+    pack_id: str
+    tenant_id: str
+    model: str
+    price_id: str
+    tokens: int
+    currency: str
+    bought_at: datetime
+    expires_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class PackLeft:
+    """A pack that can still be drawn on, at ``card``'s prices, and what no hold has claimed."""
+
+    pack: Pack
+    card: RateCard
+    available_pico: int
 
 
 class UsageRecord(msgspec.Struct, frozen=True, gc=False, array_like=True):
@@ -258,56 +416,6 @@ class UsageRecord(msgspec.Struct, frozen=True, gc=False, array_like=True):
     slice_id: str | None = None
     gpu_us: int | None = None
     attrs: tuple[tuple[str, str], ...] = ()
-
-    @classmethod
-    def for_hold(  # noqa: PLR0913  # what only the request's end decides; all by name
-        cls,
-        hold: HoldRequest,
-        *,
-        counts: TokenCounts,
-        finished_at: datetime,
-        charge_pico: int,
-        finish_reason: FinishReason | None,
-        usage_quality: UsageQuality = UsageQuality.ENGINE,
-        claimed_output_tokens: int | None = None,
-        queue_ms: int | None = None,
-        ttft_ms: int | None = None,
-        duration_ms: int | None = None,
-        lease_id: str | None = None,
-        slice_id: str | None = None,
-        attrs: tuple[tuple[str, str], ...] = (),
-    ) -> "UsageRecord":
-        """The record of a request that had ``hold``, or drew on the shared one ``slice_id``."""
-        return cls(
-            kind=RecordKind.TOKENS,
-            request_id=hold.hold_id,
-            tenant_id=hold.tenant_id,
-            api_key_id=hold.api_key_id,
-            model=hold.model,
-            lane=hold.lane,
-            deployment_id=hold.deployment_id,
-            provider_id=hold.provider_id,
-            node_id=hold.node_id,
-            gpu_type=hold.gpu_type,
-            gpu_milli=hold.gpu_milli,
-            started_at=hold.started_at,
-            finished_at=finished_at,
-            input_tokens=counts.input_tokens,
-            cached_input_tokens=counts.cached_input_tokens,
-            output_tokens=counts.output_tokens,
-            price_id=hold.price_id,
-            charge_pico=charge_pico,
-            currency=hold.currency,
-            finish_reason=finish_reason,
-            usage_quality=usage_quality,
-            claimed_output_tokens=claimed_output_tokens,
-            queue_ms=queue_ms,
-            ttft_ms=ttft_ms,
-            duration_ms=duration_ms,
-            lease_id=lease_id,
-            slice_id=slice_id,
-            attrs=attrs,
-        )
 
 
 @dataclass(frozen=True, slots=True)

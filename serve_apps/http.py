@@ -1,11 +1,10 @@
-"""The gateway's ASGI application: routers, OpenAI error bodies, streams that notice hang-ups."""
+"""The gateway's ASGI application: routers, OpenAI error bodies, a limit on bodies."""
 
-import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -18,15 +17,20 @@ from market.config import Config
 from market.errors import InvalidRequest, MarketError, MarketFault, NotFound, RequestTooLarge
 from market.inference import Inference
 from market.ledger.service import Ledger
+from market.limits import Limits
 from market.ports import Clock
 from market.scheduler.service import Scheduler
 from market.types import Principal
-from serve_apps.auth import Authenticator
+from serve_apps.auth import Authenticator, require_method
+from serve_apps.idempotency import Idempotency
 from serve_apps.live import LiveRoutes
 from serve_apps.metrics import Metrics
+from serve_apps.streams import ClientGone
 
 logger = logging.getLogger(__name__)
 
+CLIENT_CLOSED = 499
+_SAYS_WHETHER = frozenset({402, 409, 429})
 BODY_MAX_BYTES = 8 * 1024 * 1024
 TOO_LARGE = f"the body is larger than {BODY_MAX_BYTES} bytes"
 
@@ -47,6 +51,8 @@ class Services:
     routes: LiveRoutes
     inference: Inference
     authenticator: Authenticator
+    limits: Limits
+    idempotency: Idempotency
     metrics: Metrics
     ray_access: Callable[[], tuple[str, str]] = no_ray
 
@@ -58,9 +64,11 @@ def services_of(request: Request) -> Services:
 
 
 async def principal_of(request: Request) -> Principal:
-    """Who is asking. Raises InvalidKey."""
+    """Who is asking. Raises InvalidKey, or PermissionDenied if the key may only read."""
     authenticator = services_of(request).authenticator
-    return await authenticator.authenticate(request.headers.get("authorization"))
+    principal = await authenticator.authenticate(request.headers.get("authorization"))
+    require_method(principal, request.method)
+    return principal
 
 
 With = Annotated[Services, Depends(services_of)]
@@ -82,6 +90,7 @@ def create_app(services: Services) -> FastAPI:
     app.add_exception_handler(MarketError, _market_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(ClientGone, _client_gone)
     app.add_exception_handler(Exception, _bug)
     app.add_middleware(BodyLimit)
     app.include_router(openai_api.router)
@@ -129,10 +138,17 @@ def error_response(error: MarketError) -> JSONResponse:
     """An error as OpenAI's clients expect it."""
     headers = {}
     if error.retry_after_s is not None:
-        headers["retry-after"] = str(max(1, round(error.retry_after_s)))
-    if error.http_status == 402:
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+        headers["retry-after-ms"] = str(max(1, round(error.retry_after_s * 1000)))
+    if error.http_status in _SAYS_WHETHER:
+        # What clients would do by themselves is wrong here: they never try a 402 again, a 409 and a
+        # 429 always.
         headers["x-should-retry"] = "false" if error.retry_after_s is None else "true"
     return JSONResponse(error.body(), status_code=error.http_status, headers=headers)
+
+
+async def _client_gone(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED)  # nobody reads it
 
 
 async def _market_error(_request: Request, error: Exception) -> Response:
@@ -158,47 +174,3 @@ async def _http_error(request: Request, error: Exception) -> Response:
 async def _bug(request: Request, error: Exception) -> Response:
     logger.error("unexpected error in %s", request.url.path, exc_info=error)
     return error_response(MarketFault("internal error; you are not billed for this request"))
-
-
-class EventStream(Response):
-    """Server-sent events. The generator is closed at once when the client hangs up.
-
-    Starlette's own streaming leaves a generator that waits in ``send`` to the garbage collector.
-    """
-
-    media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
-        super().__init__(None, headers={"cache-control": "no-cache", **headers})
-        del self.headers["content-length"]
-        self._events = events
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send until the end or until the client is gone."""
-        sending = asyncio.create_task(self._send(send))
-        watching = asyncio.create_task(_disconnected(receive))
-        try:
-            await asyncio.wait({sending, watching}, return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                sending.result()
-        finally:
-            sending.cancel()
-            watching.cancel()
-            await asyncio.gather(sending, watching, return_exceptions=True)
-
-    async def _send(self, send: Send) -> None:
-        async with aclosing(self._events) as events:
-            start: dict[str, Any] = {
-                "type": "http.response.start",
-                "status": self.status_code,
-                "headers": self.raw_headers,
-            }
-            await send(start)
-            async for event in events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -2,21 +2,18 @@
 
 import asyncio
 import logging
-import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Protocol
 
-from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from market.catalog import find
 from market.cluster.models import fetch
 from market.config import Config
-from market.errors import EngineFailed, MarketError, NoCapacity, NotFound, Overloaded
+from market.errors import EngineFailed, MarketError, NoCapacity, NotFound
 from market.ports import Engine
 from market.types import (
-    EngineChunk,
-    EngineRequest,
     NotReady,
     Principal,
     RateCard,
@@ -24,20 +21,13 @@ from market.types import (
     Route,
     RouteTable,
 )
+from serve_apps.auth import may_use
+from serve_apps.link import Link
 from serve_apps.tokenization import Prompter, load_prompter
 
 logger = logging.getLogger(__name__)
 
 REFRESH_S = 0.5
-PRICE_CACHE_S = 1.0
-
-
-class Scheduler(Protocol):
-    """The part of the scheduler a gateway needs."""
-
-    async def routes(self) -> RouteTable:
-        """Where requests may go."""
-        ...
 
 
 class Prices(Protocol):
@@ -48,70 +38,71 @@ class Prices(Protocol):
         ...
 
 
-class ReplicaEngine:
-    """The Engine port over a Ray Serve handle; ``streams`` are answers under way."""
+def replica_link(handle: Any) -> Link:
+    """The link to the replica behind a Ray Serve handle."""
+    ask = handle.options(method_name="address")
 
-    def __init__(self, handle: Any) -> None:
-        self._generate = handle.options(method_name="generate", stream=True)
-        self.streams = 0
-
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
-        """Stream from a replica; closing the iterator cancels the request there."""
-        response = self._generate.remote(request)
-        ended = False
-        self.streams += 1
+    async def address() -> tuple[str, int, str]:
         try:
-            async for chunk in response:
-                yield chunk
-            ended = True
-        except BackPressureError as error:
-            raise Overloaded("every replica's queue is full", retry_after_s=1) from error
-        except RayTaskError as error:
-            if isinstance(error.cause, MarketError):
-                raise error.cause from None
-            raise EngineFailed(f"the replica failed: {error.cause}") from error
+            host, port, secret = await ask.remote()
         except (RayError, RayServeException) as error:
             raise EngineFailed(f"the replica is gone: {type(error).__name__}") from error
-        finally:
-            self.streams -= 1
-            if not ended:
-                response.cancel()
+        return host, port, secret
+
+    return Link(address)
 
 
 class LiveRoutes:
-    """The Routes port: a table refreshed twice a second, prices for one second."""
+    """The Routes port: a table refreshed twice a second; ``cards`` are prices kept at hand."""
 
     def __init__(
         self,
         config: Config,
-        scheduler: Scheduler,
+        exchange: Callable[[], Awaitable[RouteTable]],
         prices: Prices,
+        cards: Callable[[], Mapping[str, RateCard]],
         handle_of: Callable[[str], Any],
         on_unpriced: Callable[[str], None] = lambda _model: None,
     ) -> None:
         self._config = config
-        self._scheduler = scheduler
+        self._exchange = exchange
         self._prices = prices
         self._handle_of = handle_of
         self._on_unpriced = on_unpriced
         self._table = RouteTable((), ())
-        self._cards: dict[str, tuple[RateCard, float]] = {}
-        self._engines: dict[str, ReplicaEngine] = {}
+        self._cards = cards
+        self._engines: dict[str, Link] = {}
         self._prompters: dict[str, Prompter] = {}
+        self._preloaded: set[str] = set()
         self._loading = asyncio.Lock()
+        self._background: set[asyncio.Task[None]] = set()
+        self._refreshing: asyncio.Task[None] | None = None
 
     async def refresh(self) -> None:
-        """Fetch the table now; routes whose application Serve does not know are not ready."""
-        table = await self._scheduler.routes()
-        engines: dict[str, ReplicaEngine] = {}
+        """Fetch the table now, once for all who want it."""
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = asyncio.create_task(self._refresh())
+        await asyncio.shield(self._refreshing)
+
+    async def _refresh(self) -> None:
+        """Routes whose application Serve does not know are not ready."""
+        table = await self._exchange()
+        engines: dict[str, Link] = {}
         for app in {route.app_name for route in table.ready}:
             known = self._engines.get(app)
             try:
-                engines[app] = known or ReplicaEngine(
+                engines[app] = known or replica_link(
                     await asyncio.to_thread(self._handle_of, app)  # asks Serve's controller
                 )
             except RayServeException:
                 logger.info("application %s is not there yet", app)
+        for app, link in self._engines.items():
+            if app not in engines:
+                self._spawn(link.close())
+        for route in table.ready:
+            if route.model_path not in self._preloaded:
+                self._preloaded.add(route.model_path)
+                self._spawn(self._preload(route))
         gone = [route for route in table.ready if route.app_name not in engines]
         self._engines = engines
         self._table = RouteTable(
@@ -120,7 +111,10 @@ class LiveRoutes:
         )
 
     async def refresh_forever(self) -> None:
-        """Keep the table fresh; the last known one serves on while the scheduler is away."""
+        """Keep the table fresh; the last known one serves on while the scheduler is away.
+
+        The exchange also tells the scheduler of us, and us of our shares.
+        """
         while True:
             try:
                 await self.refresh()
@@ -130,8 +124,11 @@ class LiveRoutes:
 
     def ready(self, principal: Principal) -> list[Route]:
         """One route for each model that this key can ask right now."""
+        allowed = principal.policy.models
         models = sorted({route.model for route in self._table.ready})
-        found = [self._find(model, principal) for model in models]
+        found = [
+            self._find(model, principal) for model in models if allowed is None or model in allowed
+        ]
         return [route for route in found if isinstance(route, Route)]
 
     async def route(self, model: str, principal: Principal) -> Route:
@@ -171,15 +168,11 @@ class LiveRoutes:
 
     async def rate_card(self, model: str) -> RateCard:
         """The price in force. Raises NotFound if there is none: nothing is served for free."""
-        cached = self._cards.get(model)
-        if cached is not None and time.monotonic() < cached[1]:
-            return cached[0]
-        card = await self._prices.rate_card(model)
+        card = self._cards().get(model) or await self._prices.rate_card(model)
         if card is None:
             logger.error("ALARM unpriced model: %s is deployed and has no price", model)
             self._on_unpriced(model)
             raise NotFound(f"model {model} has no price", code="model_not_found", param="model")
-        self._cards[model] = (card, time.monotonic() + PRICE_CACHE_S)
         return card
 
     def engine(self, route: Route) -> Engine:
@@ -200,6 +193,18 @@ class LiveRoutes:
                     self._prompters[route.model_path] = prompter
         return prompter
 
+    async def _preload(self, route: Route) -> None:
+        """A tokenizer takes seconds to load, mostly its package: no request shall wait for it."""
+        try:
+            await self.prompter(route)
+        except MarketError as error:
+            logger.warning("no tokenizer for %s yet: %s", route.model, error)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
     def _load(self, route: Route) -> Prompter:
         folder = fetch(find(route.model), self._config.models_dir, weights=False)
         return load_prompter(str(folder))
@@ -207,7 +212,11 @@ class LiveRoutes:
     def _find(self, model: str, principal: Principal) -> Route | NotReady | None:
         """The least busy replica that this key may use; why there is none; None if unknown."""
         owner = principal.subject_id if principal.role is Role.TENANT else None
-        ready = [route for route in self._table.ready if route.model == model]
+        ready = [
+            route
+            for route in self._table.ready
+            if route.model == model and may_use(principal, route.lane)
+        ]
         waiting = [entry for entry in self._table.starting if entry.model == model]
         for tenant_id in dict.fromkeys((owner, None)):
             own = [route for route in ready if route.tenant_id == tenant_id]

@@ -1,57 +1,154 @@
 """``/metrics``: what this gateway has recorded and how the ledger is, for Prometheus."""
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, generate_latest
+import psutil
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+    multiprocess,
+)
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from market.ports import UsageSink
 from market.types import CURRENCY, Lease, UsageRecord
 
+ADMISSION_BUCKETS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.2, 1, 5)
+TIME_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+
 
 class Metrics:
-    """Counters of one gateway process, and gauges made of the ledger's status when asked."""
+    """Counters and histograms of one gateway, and gauges made of the ledger's status when asked.
+
+    With PROMETHEUS_MULTIPROC_DIR in the environment all gateways of a machine write there, and each
+    answers for all of them.
+    """
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
+        self._registry = registry = CollectorRegistry()
+        self._folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
         labels = ["lane", "model", "provider", "kind"]
-        self._tokens = Counter("market_tokens", "Recorded tokens", labels, registry=self._registry)
+        where = ["lane", "model"]
+        self._tokens = Counter("market_tokens", "Recorded tokens", labels, registry=registry)
         self._requests = Counter(
-            "market_requests", "Recorded requests", ["model", "reason"], registry=self._registry
+            "market_requests", "Recorded requests", ["model", "reason"], registry=registry
         )
         self._charge = Counter(
-            "market_charge", "Charged to tenants", ["currency"], registry=self._registry
+            "market_charge", "Charged to tenants", ["currency"], registry=registry
         )
         self._unpriced = Counter(
             "market_unpriced_requests",
             "Requests refused because their model has no price",
             ["model"],
-            registry=self._registry,
+            registry=registry,
+        )
+        self._refused = Counter(
+            "market_requests_refused",
+            "Requests answered with an error",
+            ["code"],
+            registry=registry,
+        )
+        self._grants = Counter("market_slice_grants", "Slices asked for", registry=registry)
+        self._admission = Histogram(
+            "market_admission_seconds",
+            "From a request's body to its admission",
+            buckets=ADMISSION_BUCKETS,
+            registry=registry,
+        )
+        self._queue = Histogram(
+            "market_queue_seconds",
+            "Until dispatch to a replica",
+            where,
+            buckets=TIME_BUCKETS,
+            registry=registry,
+        )
+        self._ttft = Histogram(
+            "market_time_to_first_token_seconds",
+            "Until the first token",
+            where,
+            buckets=TIME_BUCKETS,
+            registry=registry,
+        )
+        self._duration = Histogram(
+            "market_request_duration_seconds",
+            "Until the last token",
+            where,
+            buckets=TIME_BUCKETS,
+            registry=registry,
+        )
+        self._pools = Gauge(
+            "market_pool_requests",
+            "Requests of a pool",
+            ["pool", "state"],
+            multiprocess_mode="livesum",
+            registry=registry,
         )
 
     def observe(self, record: UsageRecord) -> None:
         """Count a record that is safe."""
-        where = (record.lane, record.model or "", record.provider_id)
+        model = record.model or ""
+        tokens = (record.lane, model, record.provider_id)
         fresh = record.input_tokens - record.cached_input_tokens
-        self._tokens.labels(*where, "input").inc(fresh)
-        self._tokens.labels(*where, "cached_input").inc(record.cached_input_tokens)
-        self._tokens.labels(*where, "output").inc(record.output_tokens)
-        self._requests.labels(record.model or "", record.finish_reason or "").inc()
+        self._tokens.labels(*tokens, "input").inc(fresh)
+        self._tokens.labels(*tokens, "cached_input").inc(record.cached_input_tokens)
+        self._tokens.labels(*tokens, "output").inc(record.output_tokens)
+        self._requests.labels(model, record.finish_reason or "").inc()
         self._charge.labels(record.currency).inc(record.charge_pico / 1e12)
+        for histogram, milliseconds in (
+            (self._queue, record.queue_ms),
+            (self._ttft, record.ttft_ms),
+            (self._duration, record.duration_ms),
+        ):
+            if milliseconds is not None:
+                histogram.labels(record.lane, model).observe(milliseconds / 1000)
 
     def unpriced(self, model: str) -> None:
         """Count a request that was refused because its model has no price."""
         self._unpriced.labels(model).inc()
+
+    def refused(self, code: str) -> None:
+        """Count a request that was answered with an error."""
+        self._refused.labels(code).inc()
+
+    def admitted(self, seconds: float) -> None:
+        """How long an admission took."""
+        self._admission.observe(seconds)
+
+    def granted(self, count: int) -> None:
+        """Slices were asked for."""
+        self._grants.inc(count)
+
+    def pools(self, counts: Mapping[str, tuple[int, int]]) -> None:
+        """Requests (under way, waiting) by pool."""
+        for pool, (running, waiting) in counts.items():
+            self._pools.labels(pool, "running").set(running)
+            self._pools.labels(pool, "waiting").set(waiting)
 
     def page(self, ledger: dict[str, Any], leases: Sequence[Lease], now: datetime) -> bytes:
         """The page, with the ledger's ``status`` and the open leases as they are now."""
         asked = CollectorRegistry()
         asked.register(_LedgerGauges(ledger))
         asked.register(_LeaseGauges(leases, now))
-        return generate_latest(self._registry) + generate_latest(asked)
+        return self._own_page() + generate_latest(asked)
+
+    def _own_page(self) -> bytes:
+        if self._folder is None:
+            return generate_latest(self._registry)
+        for file in Path(self._folder).glob("gauge_live*_*.db"):
+            pid = int(file.stem.rpartition("_")[2])
+            if not psutil.pid_exists(pid):
+                multiprocess.mark_process_dead(pid, self._folder)  # type: ignore[no-untyped-call]
+        everybody = CollectorRegistry()
+        multiprocess.MultiProcessCollector(everybody, self._folder)  # type: ignore[no-untyped-call]
+        return generate_latest(everybody)
 
 
 class CountingSink:
@@ -68,6 +165,20 @@ class CountingSink:
     def next_request_id(self) -> str:
         """Of the sink inside."""
         return self._sink.next_request_id()
+
+    @property
+    def booked(self) -> int:
+        """Of the sink inside."""
+        return self._sink.booked
+
+    @property
+    def next_seq(self) -> int:
+        """Of the sink inside."""
+        return self._sink.next_seq
+
+    def begin(self, record: UsageRecord) -> None:
+        """Of the sink inside."""
+        self._sink.begin(record)
 
     async def record(self, record: UsageRecord) -> UsageRecord:
         """Record, then count."""

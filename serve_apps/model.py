@@ -9,27 +9,32 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+import ray
 from ray import serve
 
 from market.catalog import Model, find
 from market.cluster.agent import REPLICA_VARIABLE
 from market.cluster.models import fetch
 from market.cluster.node import NODE_LABEL, NODE_VARIABLE, slot_resource
+from market.credit import Credit, within
+from market.errors import Overloaded
 from market.types import Deployment, EngineChunk, EngineRequest, Offer, Place, Replica
 from serve_apps.engines.base import EngineSettings, start_engine
-from serve_apps.engines.coalesce import coalesce, pause
+from serve_apps.link import LinkServer
 
 REPLICA_CPUS = 0.5
 ONGOING_MAX = 256
-QUEUED_MAX = 512
 CONSTRUCTOR_TRIES = 3
 HEALTH_PERIOD_S = 2
 HEALTH_TIMEOUT_S = 30
 DRAIN_S = 60
 LEASE_DRAIN_S = 15
+# Of a replica's time to drain, what its engine needs to end its processes.
+CLOSE_S = 5
 # Of its share of a card an engine uses this much: contexts and fragments need the rest.
 GPU_MEMORY_USED = 0.95
 TELL_EVERY_S = 10.0
@@ -44,6 +49,7 @@ class ReplicaSettings:
     models_dir: Path
     place: Place
     logical: bool
+    drain_s: float = 0.0
 
     @property
     def gpu_fraction(self) -> float:
@@ -63,21 +69,33 @@ class ModelReplica:
             entry.served_context_tokens,
             settings.gpu_fraction,
             tensor_parallel=max(1, len(settings.place.gpu_indices)),
+            tool_parser=entry.tool_parser,
+            reasoning_parser=entry.reasoning_parser,
         )
         async with quiet_gpus(settings.place):
             self._engine = await start_engine(settings.engine, engine)
-        self._streams = 0
+        self._drain_s = settings.drain_s
         self._served_tokens = 0
         self._said_s = float("-inf")
         self._replica = uuid.uuid4().hex[:12]  # of this process: its count starts at zero
+        self._host = ray.util.get_node_ip_address()
+        self._link = LinkServer(self.generate)
+        await self._link.start(self._host)
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
-        """Stream an answer, in larger pieces the more answers are under way."""
-        self._streams += 1
+    async def address(self) -> tuple[str, int, str]:
+        """Where gateways find this replica's link, and the secret that it wants to see."""
+        return self._host, self._link.port, self._link.secret
+
+    async def generate(
+        self, request: EngineRequest, credit: Credit
+    ) -> AsyncGenerator[EngineChunk, None]:
+        """Stream an answer as far as it is paid for."""
+        if self._link.streams > ONGOING_MAX:
+            raise Overloaded("the replica's queue is full", retry_after_s=1)
         delivered = 0
         first = True
         try:
-            chunks = coalesce(self._engine.generate(request), lambda: pause(self._streams))
+            chunks = within(self._engine.generate(request), credit)
             async with aclosing(chunks):
                 async for chunk in chunks:
                     delivered += len(chunk.token_ids)
@@ -88,7 +106,6 @@ class ModelReplica:
                     first = False
         finally:
             self._served_tokens += delivered
-            self._streams -= 1
 
     def _signed(self, chunk: EngineChunk, first: bool) -> EngineChunk:
         """The chunk with this replica's name, and now and then the tokens it has delivered."""
@@ -99,14 +116,17 @@ class ModelReplica:
         if not (first or tells):
             return chunk
         served_tokens = self._served_tokens if tells else None
-        return replace(chunk, replica=self._replica, served_tokens=served_tokens)
+        return msgspec.structs.replace(chunk, replica=self._replica, served_tokens=served_tokens)
 
     async def check_health(self) -> None:
         """Raises EngineFailed if the engine cannot serve; Serve then replaces this replica."""
         await self._engine.check_health()
 
     async def __del__(self) -> None:
-        """End the engine's processes when the replica is drained."""
+        """Let answers end, then the engine's processes: Serve does not know of our streams."""
+        link = getattr(self, "_link", None)
+        if link is not None:
+            await link.stop(self._drain_s)
         engine = getattr(self, "_engine", None)
         if engine is not None:
             await engine.close()
@@ -117,19 +137,20 @@ def build_app(
 ) -> serve.Application:
     """The Serve application of one replica, on exactly its node and GPUs."""
     place = replica.place
+    drain_s = DRAIN_S if deployment.lease_id is None else LEASE_DRAIN_S
+    logical = offer.logical or not place.gpu_indices
     settings = ReplicaSettings(
-        model.name, deployment.engine, models_dir, place, offer.logical or not place.gpu_indices
+        model.name, deployment.engine, models_dir, place, logical, drain_s - CLOSE_S
     )
     slots = {slot_resource(place.node_id, i): place.gpu_milli / 1000 for i in place.gpu_indices}
     served = serve.deployment(
         name="replica",
         num_replicas=1,
         max_ongoing_requests=ONGOING_MAX,
-        max_queued_requests=QUEUED_MAX,
         max_constructor_retry_count=CONSTRUCTOR_TRIES,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
-        graceful_shutdown_timeout_s=DRAIN_S if deployment.lease_id is None else LEASE_DRAIN_S,
+        graceful_shutdown_timeout_s=drain_s,
         ray_actor_options={
             "num_cpus": 0 if slots else REPLICA_CPUS,
             "num_gpus": 0,

@@ -1,36 +1,64 @@
 """``/v1``: the addresses OpenAI clients call."""
 
-import json
+import base64
 import logging
-from collections.abc import AsyncGenerator
+import struct
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from market import pricing
-from market.errors import MarketError, MarketFault
-from market.inference import Admission
-from market.types import EngineChunk, FinishReason, Principal, Route, Sampling, UsageRecord
-from serve_apps.http import Caller, EventStream, Services, With
-from serve_apps.wire import (
-    COMPLETION_MAX_TOKENS,
-    ChatBody,
-    ChatFormat,
-    CompletionBody,
-    CompletionFormat,
-    Format,
-    finish_on_wire,
-    parse,
+from market.errors import InvalidRequest, MarketError, MarketFault
+from market.inference import Admission, Ask
+from market.types import EngineChunk, Principal, Route, Sampling, UsageRecord
+from serve_apps.auth import require_model
+from serve_apps.http import Caller, Services, With, principal_of, services_of
+from serve_apps.responses import ResponsesBody, ResponsesEvents, responses_object
+from serve_apps.shapes import (
+    ChatShape,
+    CompletionShape,
+    Echo,
+    Events,
+    Shape,
+    encode,
+    event,
     usage_object,
+)
+from serve_apps.streams import EventStream, unless_gone
+from serve_apps.tokenization import Prompter
+from serve_apps.wire import (
+    ChatBody,
+    CompletionBody,
+    EmbeddingBody,
+    GenerationBody,
+    parse,
+    service_tier,
 )
 
 logger = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1")
 
-Events = AsyncGenerator[EngineChunk | UsageRecord, None]
-DONE = b"data: [DONE]\n\n"
+Stream = AsyncGenerator[EngineChunk | UsageRecord, None]
+Writer = Events | ResponsesEvents
+
+
+@dataclass(slots=True)
+class Call:
+    """A request on its way: who asks, what, and how the answer is to be written."""
+
+    services: Services
+    caller: Principal
+    route: Route
+    ask: Ask
+    stream: bool
+    whole: Callable[[Admission, UsageRecord], dict[str, Any]]
+    events: Callable[[Admission], Writer]
+    keep: Callable[[EngineChunk], None]
 
 
 @router.get("/models")
@@ -43,115 +71,290 @@ async def list_models(services: With, caller: Caller) -> dict[str, Any]:
 @router.get("/models/{model}")
 async def get_model(model: str, services: With, caller: Caller) -> dict[str, Any]:
     """One model."""
+    require_model(caller, model)
     return _model_object(await services.routes.route(model, caller))
 
 
 @router.post("/chat/completions")
-async def chat_completions(request: Request, services: With, caller: Caller) -> Response:
+async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
-    body = parse(ChatBody, await request.body())
-    route = await services.routes.route(body.model, caller)
-    prompter = await services.routes.prompter(route)
-    prompt = await prompter.chat(body)
-    max_tokens = body.max_completion_tokens or body.max_tokens
-    sampling = body.sampling(max_tokens, prompter.vocabulary)
-    return await _answer(services, (caller, route, prompt, sampling), body, ChatFormat())
+    return await _answer(request, _chat)
 
 
 @router.post("/completions")
-async def completions(request: Request, services: With, caller: Caller) -> Response:
+async def completions(request: Request) -> Response:
     """Continue a text."""
-    body = parse(CompletionBody, await request.body())
-    route = await services.routes.route(body.model, caller)
-    prompter = await services.routes.prompter(route)
-    prompt = await prompter.completion(body)
-    sampling = body.sampling(body.max_tokens or COMPLETION_MAX_TOKENS, prompter.vocabulary)
-    return await _answer(services, (caller, route, prompt, sampling), body, CompletionFormat())
+    return await _answer(request, _completion)
+
+
+@router.post("/responses")
+async def responses(request: Request) -> Response:
+    """Answer a conversation, in the shapes of OpenAI's Responses API."""
+    return await _answer(request, _responses)
+
+
+@router.post("/embeddings")
+async def embeddings(request: Request) -> Response:
+    """Vectors of texts."""
+    return await _answer(request, _embeddings)
+
+
+# -- from bodies to calls ----------------------------------------------------------------------
+
+
+async def _chat(services: Services, caller: Principal, raw: bytes) -> Call:
+    body = parse(ChatBody, raw)
+    route, prompter = await _model(services, caller, body.model)
+    ask = await _chat_ask(body, route, prompter)
+    return _generation(services, caller, route, (ask, body, ChatShape(ask.count)))
+
+
+async def _chat_ask(body: ChatBody, route: Route, prompter: Prompter) -> Ask:
+    parsing = body.parsing(bool(route.reasoning_parser))
+    return Ask(
+        prompts=(await prompter.chat(body),),
+        sampling=body.sampling(body.limit, prompter.vocabulary, body.wanted_logprobs),
+        answers=body.answers,
+        # Where the parsers work they constrain the answer, too.
+        grammar=None if parsing is not None else body.constraint(),
+        chat=parsing,
+    )
+
+
+async def _completion(services: Services, caller: Principal, raw: bytes) -> Call:
+    body = parse(CompletionBody, raw)
+    route, prompter = await _model(services, caller, body.model)
+    prompts = tuple([await prompter.text(prompt) for prompt in body.prompt])
+    repeated = body.logprobs if body.echo else None
+    ask = Ask(
+        prompts=prompts,
+        sampling=body.sampling(body.limit, prompter.vocabulary, body.logprobs, repeated),
+        answers=body.answers,
+        grammar=body.constraint(),
+    )
+    echoes: Sequence[Echo] = ()
+    if body.echo:
+        echoes = [
+            Echo(
+                text=given if isinstance(given, str) else prompter.decode(ids),
+                first_token=prompter.decode(ids[:1]),
+                only=body.max_tokens == 0,
+            )
+            for given, ids in zip(body.prompt, prompts, strict=True)
+        ]
+    shape = CompletionShape(ask.count, ask.answers, echoes)
+    return _generation(services, caller, route, (ask, body, shape))
+
+
+async def _responses(services: Services, caller: Principal, raw: bytes) -> Call:
+    body = parse(ResponsesBody, raw)
+    chat = body.as_chat()
+    route, prompter = await _model(services, caller, body.model)
+    ask = await _chat_ask(chat, route, prompter)
+    shape = ChatShape(1)
+    return Call(
+        services,
+        caller,
+        route,
+        ask,
+        stream=bool(body.stream),
+        whole=lambda a, record: responses_object(body, a, shape.choices()[0], record),
+        events=lambda a: ResponsesEvents(body, a),
+        keep=shape.add,
+    )
+
+
+async def _embeddings(services: Services, caller: Principal, raw: bytes) -> Call:
+    body = parse(EmbeddingBody, raw)
+    route, prompter = await _model(services, caller, body.model)
+    if body.dimensions is not None:
+        raise InvalidRequest(
+            f"{body.model} has vectors of one length; leave dimensions out", param="dimensions"
+        )
+    if not route.embeds:
+        raise InvalidRequest(f"{body.model} makes no embeddings; it answers chats", param="model")
+    prompts = tuple([await prompter.text(given, "input") for given in body.input])
+    vectors: dict[int, bytes] = {}
+
+    def whole(admission: Admission, record: UsageRecord) -> dict[str, Any]:
+        data = [
+            {"object": "embedding", "index": n, "embedding": _vector(vectors[n], body)}
+            for n in range(len(prompts))
+        ]
+        usage = usage_object(record)
+        return {"object": "list", "data": data, "model": admission.route.model, "usage": usage}
+
+    def keep(chunk: EngineChunk) -> None:
+        if chunk.embedding is not None:
+            vectors[chunk.index] = chunk.embedding
+
+    ask = Ask(prompts, Sampling(1), embeds=True)
+    return Call(services, caller, route, ask, False, whole, _no_events, keep)
+
+
+def _generation(
+    services: Services,
+    caller: Principal,
+    route: Route,
+    asked: tuple[Ask, GenerationBody, Shape],
+) -> Call:
+    ask, body, shape = asked
+    if route.embeds:
+        raise InvalidRequest(f"{body.model} makes embeddings only", param="model")
+
+    def envelope(admission: Admission, kind: str) -> dict[str, Any]:
+        found = {
+            "id": f"{shape.prefix}-{admission.request_id}",
+            "object": kind,
+            "created": int(admission.started_at.timestamp()),
+            "model": admission.route.model,
+        }
+        if body.service_tier is not None:
+            found["service_tier"] = service_tier(admission.route.lane)
+        return found
+
+    return Call(
+        services,
+        caller,
+        route,
+        ask,
+        stream=bool(body.stream),
+        whole=lambda a, record: {
+            **envelope(a, shape.whole),
+            "choices": shape.choices(),
+            "usage": usage_object(record),
+        },
+        events=lambda a: Events(shape, envelope(a, shape.piece), body.include_usage),
+        keep=shape.add,
+    )
+
+
+async def _model(services: Services, caller: Principal, model: str) -> tuple[Route, Prompter]:
+    require_model(caller, model)
+    route = await services.routes.route(model, caller)
+    return route, await services.routes.prompter(route)
+
+
+# -- from calls to answers ---------------------------------------------------------------------
 
 
 async def _answer(
-    services: Services,
-    asked: tuple[Principal, Route, tuple[int, ...], Sampling],
-    body: ChatBody | CompletionBody,
-    shape: Format,
+    request: Request, read: Callable[[Services, Principal, bytes], Awaitable[Call]]
 ) -> Response:
-    admission = await services.inference.admit(*asked)
-    events = services.inference.stream(admission)
-    created = int(admission.started_at.timestamp())
-    headers = {
-        "x-request-id": admission.request_id,
-        "x-market-lane": admission.route.lane,
-        "x-market-provider": admission.route.provider_id,
-        "x-market-price-id": admission.card.price_id,
-    }
-    if admission.route.lease_id is not None:
-        headers["x-market-lease-id"] = admission.route.lease_id
-    if not body.stream:
-        text, record = await _collect(events)
-        headers["x-market-cost"] = pricing.format_money(record.charge_pico)
-        envelope = _envelope(shape.whole, shape, admission, created)
-        choice = shape.choice(text, finish_on_wire(record.finish_reason))
-        content = {**envelope, "choices": [choice], "usage": usage_object(record)}
-        return JSONResponse(content, headers=headers)
-    # The first chunk decides whether this is an answer or an HTTP error.
-    first = await anext(events)
-    envelope = _envelope(shape.piece, shape, admission, created)
-    if body.include_usage:
-        envelope["usage"] = None
-    return EventStream(_sse(first, events, envelope, shape), headers)
+    """Authenticate, read, admit, generate, answer; once per Idempotency-Key."""
+    services = services_of(request)
+    caller = await principal_of(request)
+    raw = await request.body()
+
+    async def make() -> Response:
+        began_s = time.perf_counter()
+        call = await read(services, caller, raw)
+        return await _generate(call, began_s)
+
+    if "idempotency-key" in request.headers:
+        return await services.idempotency.answer(request, caller, make)
+    return await unless_gone(request, make())
 
 
-async def _collect(events: Events) -> tuple[str, UsageRecord]:
-    """The whole text and the committed record."""
-    parts: list[str] = []
-    async with aclosing(events):
-        async for event in events:
-            if isinstance(event, UsageRecord):
-                return "".join(parts), event
-            parts.append(event.text)
+async def _generate(call: Call, began_s: float) -> Response:
+    services, caller, policy = call.services, call.caller, call.caller.policy
+    limit = call.ask.sampling.max_tokens or pricing.FIRST_BLOCK_TOKENS
+    expected = call.ask.input_tokens + limit * call.ask.count
+    now_s = services.clock.monotonic()
+    let = services.limits.enter(caller.api_key_id, policy, expected, now_s)
+    used = 0
+    streaming = False
+    try:
+        admission = await services.inference.admit(caller, call.route, call.ask)
+        services.metrics.admitted(time.perf_counter() - began_s)
+        stream = services.inference.stream(admission)
+
+        def done(record: UsageRecord | None) -> None:
+            tokens = expected if record is None else record.input_tokens + record.output_tokens
+            services.limits.leave(let, tokens, services.clock.monotonic())
+
+        headers = _headers(call, admission)
+        if not call.stream:
+            record = await _collect(stream, call)
+            used = record.input_tokens + record.output_tokens
+            headers["x-market-cost"] = pricing.format_money(record.charge_pico)
+            body = encode(call.whole(admission, record))
+            return Response(body, media_type="application/json", headers=headers)
+        # The first chunk decides whether this is an answer or an HTTP error.
+        first = await anext(stream)
+        streaming = True
+        return EventStream(_events(first, stream, call.events(admission), done), headers)
+    except BaseException:
+        streaming = False
+        raise
+    finally:
+        if not streaming:
+            services.limits.leave(let, used, services.clock.monotonic())
+
+
+async def _collect(stream: Stream, call: Call) -> UsageRecord:
+    """Keep all chunks; returns the safe record."""
+    async with aclosing(stream):
+        async for item in stream:
+            if isinstance(item, UsageRecord):
+                return item
+            call.keep(item)
     raise MarketFault("the answer ended without a usage record")
 
 
-async def _sse(
-    first: EngineChunk | UsageRecord, events: Events, envelope: dict[str, Any], shape: Format
+async def _events(
+    first: EngineChunk | UsageRecord,
+    stream: Stream,
+    writer: Writer,
+    done: Callable[[UsageRecord | None], None],
 ) -> AsyncGenerator[bytes, None]:
-    """Chunks as server-sent events; the end comes only after the record is committed."""
-    async with aclosing(events):
-        opening = shape.opening()
-        if opening:
-            yield _event({**envelope, "choices": opening})
-        event: EngineChunk | UsageRecord = first
-        reason: FinishReason | None = None
-        try:
-            while not isinstance(event, UsageRecord):
-                reason = event.finish_reason
-                if event.text or reason is not None:
-                    choice = shape.delta(event.text, finish_on_wire(reason))
-                    yield _event({**envelope, "choices": [choice]})
-                event = await anext(events)
-        except MarketError as error:
-            yield _event(error.body())
-            return
-        except Exception:
-            logger.exception("stream %s broke", envelope["id"])
-            yield _event(MarketFault("internal error; you are not billed").body())
-            return
-        if "usage" in envelope:
-            yield _event({**envelope, "choices": [], "usage": usage_object(event)})
-        yield DONE
+    """Chunks as server-sent events; the end comes only after the record is safe."""
+    item, record = first, None
+    try:
+        async with aclosing(stream):
+            yield writer.opening()
+            try:
+                while not isinstance(item, UsageRecord):
+                    written = writer.chunk(item)
+                    if written:
+                        yield written
+                    item = await anext(stream)
+            except MarketError as error:
+                yield event(error.body())
+                return
+            except Exception:
+                logger.exception("a stream broke")
+                yield event(MarketFault("internal error; you are not billed").body())
+                return
+            record = item
+            yield writer.ending(record)
+    finally:
+        done(record)
 
 
-def _event(content: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
-
-
-def _envelope(kind: str, shape: Format, admission: Admission, created: int) -> dict[str, Any]:
-    return {
-        "id": f"{shape.prefix}-{admission.request_id}",
-        "object": kind,
-        "created": created,
-        "model": admission.route.model,
+def _headers(call: Call, admission: Admission) -> dict[str, str]:
+    services, caller, route = call.services, call.caller, admission.route
+    headers = {
+        "x-request-id": admission.request_id,
+        "x-market-lane": route.lane,
+        "x-market-provider": route.provider_id,
+        "x-market-price-id": admission.card.price_id,
     }
+    if route.lease_id is not None:
+        headers["x-market-lease-id"] = route.lease_id
+    now_s = services.clock.monotonic()
+    return headers | services.limits.headers(caller.api_key_id, caller.policy, now_s)
+
+
+def _vector(raw: bytes, body: EmbeddingBody) -> str | list[float]:
+    """A vector of 32-bit floats as the client wants it."""
+    if body.encoding_format == "base64":
+        return base64.b64encode(raw).decode()
+    return list(struct.unpack(f"<{len(raw) // 4}f", raw))
+
+
+def _no_events(_admission: Admission) -> Writer:
+    raise InvalidRequest("embeddings are not streamed", param="stream")
 
 
 def _model_object(route: Route) -> dict[str, Any]:

@@ -1,13 +1,19 @@
-"""Prompts -> token ids with the model's own tokenizer and chat template."""
+"""Prompts -> token ids with the model's own tokenizer and chat template, and back."""
 
 import asyncio
 from collections.abc import Sequence
 from typing import Any
 
 from market.errors import InvalidRequest, MarketFault
-from serve_apps.wire import ChatBody, CompletionBody
+from serve_apps.wire import ChatBody
 
 INLINE_CHARACTERS = 16_000
+# What the tokenizer's own function takes besides the template's variables.
+_RESERVED = frozenset(
+    {"conversation", "tools", "documents", "chat_template", "add_generation_prompt"}
+    | {"continue_final_message", "tokenize", "padding", "truncation", "max_length"}
+    | {"return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
+)
 
 
 class Prompter:
@@ -23,31 +29,53 @@ class Prompter:
 
         messages = [message.for_template() for message in body.messages]
         size = sum(len(message["content"]) for message in messages)
+        options = dict(body.chat_template_kwargs or {})
+        taken = _RESERVED & options.keys()
+        if taken:
+            raise InvalidRequest(
+                f"chat_template_kwargs: {min(taken)} cannot be set", param="chat_template_kwargs"
+            )
+        if body.reasoning_effort is not None:
+            options["reasoning_effort"] = body.reasoning_effort
         try:
-            ids = await _compute(size, self._apply_template, messages)
-        except (TemplateError, ValueError) as error:
+            ids = await _compute(
+                size, self._apply_template, messages, body.tools_for_template(), options
+            )
+        except (TemplateError, ValueError, TypeError) as error:
             raise InvalidRequest(
                 f"messages do not fit the model's chat template: {error}", param="messages"
             ) from None
         return tuple(ids)
 
-    async def completion(self, body: CompletionBody) -> tuple[int, ...]:
-        """The prompt as text or token ids. Raises InvalidRequest for an empty or unknown one."""
-        prompt = body.prompt
+    async def text(self, prompt: str | list[int], param: str = "prompt") -> tuple[int, ...]:
+        """A text's token ids, or token ids checked. Raises InvalidRequest for empty or unknown."""
         if isinstance(prompt, str):
             ids: Sequence[int] = await _compute(len(prompt), self._tokenizer.encode, prompt)
         else:
             ids = prompt
         if not ids or not all(0 <= token_id < self.vocabulary for token_id in ids):
             raise InvalidRequest(
-                f"prompt must hold at least one token, ids from 0 to {self.vocabulary - 1}",
-                param="prompt",
+                f"{param} must hold at least one token, ids from 0 to {self.vocabulary - 1}",
+                param=param,
             )
         return tuple(ids)
 
-    def _apply_template(self, messages: list[dict[str, str]]) -> list[int]:
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special ones included."""
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
+
+    def _apply_template(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        options: dict[str, Any],
+    ) -> list[int]:
         ids: list[int] = self._tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False
+            messages,
+            tools=tools,
+            add_generation_prompt=True,
+            return_dict=False,
+            **options,
         )
         return ids
 
@@ -64,6 +92,9 @@ def load_prompter(folder: str) -> Prompter:
     from transformers import AutoTokenizer
 
     try:
-        return Prompter(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if tokenizer.chat_template:  # compile it now, not in the first request
+            tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
+        return Prompter(tokenizer)
     except (OSError, ValueError) as error:
         raise MarketFault(f"no tokenizer in {folder}: {error}") from error

@@ -1,4 +1,8 @@
-"""OpenAI's wire format: requests as pydantic models, answers as plain dictionaries."""
+"""OpenAI's requests as pydantic models, and what engines are asked because of them.
+
+Unknown fields are tolerated; fields that would change the answer and cannot be honoured are refused
+by name, never ignored.
+"""
 
 import json
 from typing import Annotated, Any, Literal, TypeVar
@@ -12,27 +16,93 @@ from pydantic import (
     model_validator,
 )
 
-from market import pricing
 from market.errors import InvalidRequest
-from market.types import FinishReason, Sampling, UsageRecord
+from market.types import Grammar, GrammarKind, Lane, Sampling
 
 COMPLETION_MAX_TOKENS = 16
 STOP_MAX = 16
 LOGIT_BIAS_MAX = 300
 MESSAGES_MAX = 4096
 PARTS_MAX = 256
+TOOLS_MAX = 128
+ANSWERS_MAX = 128
+TOP_LOGPROBS_MAX = 20
+SCHEMA_MAX_BYTES = 128 * 1024
 
-Body = TypeVar("Body", bound="GenerationBody")
+Body = TypeVar("Body", bound=BaseModel)
 
 
 class StreamOptions(BaseModel):
     """``stream_options`` of a request."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's own way to constrain an answer; one of them."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    schema_: dict[str, Any] | str | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+    def constraint(self) -> Grammar | None:
+        """As engines take it. Raises InvalidRequest unless it is exactly one."""
+        found = []
+        if self.schema_ is not None:
+            text = self.schema_ if isinstance(self.schema_, str) else json.dumps(self.schema_)
+            found.append(Grammar(GrammarKind.JSON_SCHEMA, text))
+        if self.json_object:
+            found.append(Grammar(GrammarKind.JSON_OBJECT))
+        if self.regex is not None:
+            found.append(Grammar(GrammarKind.REGEX, self.regex))
+        if self.choice is not None:
+            found.append(Grammar(GrammarKind.CHOICE, json.dumps(self.choice)))
+        if self.grammar is not None:
+            found.append(Grammar(GrammarKind.GRAMMAR, self.grammar))
+        if len(found) > 1:
+            raise InvalidRequest(
+                "structured_outputs: one kind of constraint, not several",
+                param="structured_outputs",
+            )
+        return found[0] if found else None
+
+
+class JsonSchema(BaseModel):
+    """``response_format.json_schema``."""
+
+    name: str = "answer"
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """``response_format``: text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _needs_schema(self) -> "ResponseFormat":
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("json_schema is missing")
+        return self
+
+    def constraint(self) -> Grammar | None:
+        """As engines take it."""
+        if self.type == "json_object":
+            return Grammar(GrammarKind.JSON_OBJECT)
+        if self.json_schema is not None and self.type == "json_schema":
+            return Grammar(GrammarKind.JSON_SCHEMA, json.dumps(self.json_schema.schema_))
+        return None
 
 
 class GenerationBody(BaseModel):
-    """What chat and completion requests share. Unknown fields are tolerated."""
+    """What chat and completion requests share."""
 
     model_config = ConfigDict(extra="allow", strict=False)
 
@@ -49,6 +119,9 @@ class GenerationBody(BaseModel):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: str | Annotated[list[str], Field(fail_fast=True, max_length=STOP_MAX)] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=STOP_MAX)] | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     logit_bias: (
         Annotated[
             dict[int, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=LOGIT_BIAS_MAX)
@@ -57,8 +130,10 @@ class GenerationBody(BaseModel):
     ) = None
     ignore_eos: bool = False
     min_tokens: Annotated[int, Field(ge=0)] = 0
-    n: int | None = None
-    logprobs: bool | int | None = None
+    n: Annotated[int, Field(ge=1, le=ANSWERS_MAX)] | None = None
+    service_tier: str | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @model_validator(mode="after")
     def _check_lengths(self) -> "GenerationBody":
@@ -71,7 +146,31 @@ class GenerationBody(BaseModel):
         """Whether a stream ends with a usage chunk."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling(self, max_tokens: int | None, vocabulary: int) -> Sampling:
+    @property
+    def answers(self) -> int:
+        """How many answers to each prompt."""
+        return self.n or 1
+
+    def constraint(self) -> Grammar | None:
+        """What the answer's text must follow. Raises InvalidRequest."""
+        found = None
+        if self.structured_outputs is not None:
+            found = self.structured_outputs.constraint()
+        if found is None and self.response_format is not None:
+            found = self.response_format.constraint()
+        if found is not None and len(found.text) > SCHEMA_MAX_BYTES:
+            raise InvalidRequest(
+                f"the schema is larger than {SCHEMA_MAX_BYTES} bytes", param="response_format"
+            )
+        return found
+
+    def sampling(
+        self,
+        max_tokens: int | None,
+        vocabulary: int,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+    ) -> Sampling:
         """The request's parameters with OpenAI's defaults.
 
         Raises InvalidRequest for a logit bias on a token that does not exist.
@@ -98,28 +197,103 @@ class GenerationBody(BaseModel):
             logit_bias=tuple(sorted(bias.items())),
             ignore_eos=self.ignore_eos,
             min_tokens=self.min_tokens,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            include_stop=self.include_stop_str_in_output,
+            skip_special_tokens=self.skip_special_tokens,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
 
 
 class ContentPart(BaseModel):
     """A part of a message; only text can be served."""
 
-    type: Literal["text"]
-    text: str
+    type: Literal["text", "refusal"]
+    text: str = ""
+    refusal: str = ""
+
+
+class CalledFunction(BaseModel):
+    """The function of a tool call that the model made before."""
+
+    name: str
+    arguments: str = ""
+
+
+class ToolCall(BaseModel):
+    """A tool call that the model made before."""
+
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: CalledFunction
 
 
 class Message(BaseModel):
     """A chat message."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[ContentPart], Field(fail_fast=True, max_length=PARTS_MAX)] | None
-    tool_calls: None = None
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: (
+        str | Annotated[list[ContentPart], Field(fail_fast=True, max_length=PARTS_MAX)] | None
+    ) = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=TOOLS_MAX)] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
 
-    def for_template(self) -> dict[str, str]:
+    def for_template(self) -> dict[str, Any]:
         """As chat templates take it."""
         content = self.content or ""
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        if not isinstance(content, str):
+            content = "".join(part.text or part.refusal for part in content)
+        role = "system" if self.role == "developer" else self.role
+        message: dict[str, Any] = {"role": role, "content": content}
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {
+                        "name": call.function.name,
+                        "arguments": _arguments(call.function.arguments),
+                    },
+                }
+                for call in self.tool_calls
+            ]
+        for name in ("tool_call_id", "name"):
+            value = getattr(self, name)
+            if value is not None:
+                message[name] = value
+        return message
+
+
+class FunctionTool(BaseModel):
+    """A function that the model may call; ``parameters`` is a JSON schema."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(BaseModel):
+    """One of ``tools``."""
+
+    type: Literal["function"]
+    function: FunctionTool
+
+
+class NamedFunction(BaseModel):
+    """The function of a ``tool_choice``."""
+
+    name: str
+
+
+class NamedTool(BaseModel):
+    """``tool_choice`` that names a function."""
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class ChatBody(GenerationBody):
@@ -127,73 +301,173 @@ class ChatBody(GenerationBody):
 
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MESSAGES_MAX)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=TOOLS_MAX)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS_MAX)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    include_reasoning: bool = True
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> "ChatBody":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        choice = self.tool_choice
+        if self.tools is None:
+            if choice not in (None, "none", "auto"):
+                raise ValueError("tool_choice needs tools")
+        elif isinstance(choice, NamedTool) and all(
+            tool.function.name != choice.function.name for tool in self.tools
+        ):
+            raise ValueError(f"tool_choice names {choice.function.name!r}, which is not in tools")
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens of an answer."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """Alternatives per token, None for no logprobs at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def tools_for_template(self) -> list[dict[str, Any]] | None:
+        """As chat templates take them."""
+        if self.tools is None or self.tool_choice == "none":
+            return None
+        return [tool.model_dump(exclude_none=True) for tool in self.tools]
+
+    def parsing(self, has_reasoning: bool) -> bytes | None:
+        """The request for the model's own parsers, if the answer has to go through them."""
+        tools = self.tools_for_template()
+        if tools is None and not has_reasoning:
+            return None
+        asked: dict[str, Any] = {
+            "model": self.model,
+            # The conversation is in the prompt's tokens; parsers need only what follows.
+            "messages": [{"role": "user", "content": ""}],
+            "include_reasoning": self.include_reasoning,
+            "skip_special_tokens": self.skip_special_tokens,
+        }
+        if tools is not None:
+            choice = self.tool_choice or "auto"
+            asked["tools"] = tools
+            asked["tool_choice"] = (
+                choice if isinstance(choice, str) else choice.model_dump(exclude_none=True)
+            )
+            if self.parallel_tool_calls is not None:
+                asked["parallel_tool_calls"] = self.parallel_tool_calls
+        if self.response_format is not None:
+            asked["response_format"] = self.response_format.model_dump(
+                by_alias=True, exclude_none=True
+            )
+        if self.chat_template_kwargs:
+            asked["chat_template_kwargs"] = self.chat_template_kwargs
+        return json.dumps(asked).encode()
 
 
 class CompletionBody(GenerationBody):
-    """``POST /v1/completions``."""
+    """``POST /v1/completions``. ``prompt`` becomes a list of texts or lists of token ids."""
 
-    prompt: str | list[int]
+    prompt: list[str | list[int]]
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    echo: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS_MAX)] | None = None
 
     @field_validator("prompt", mode="plain")
     @classmethod
-    def _one_prompt(cls, prompt: object) -> object:
-        """A text or its token ids, bare or as the only one of a list.
+    def _prompts(cls, prompt: object) -> object:
+        """One or several texts, one or several lists of token ids.
 
         Checked by hand: trying every branch of a union on a long list costs seconds.
         """
-        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
-            prompt = prompt[0]
-        if isinstance(prompt, str) or (
-            isinstance(prompt, list) and all(type(token_id) is int for token_id in prompt)
+        if isinstance(prompt, str) or _is_ids(prompt):
+            return [prompt]
+        if (
+            isinstance(prompt, list)
+            and 0 < len(prompt) <= ANSWERS_MAX
+            and (all(isinstance(part, str) for part in prompt) or all(map(_is_ids, prompt)))
         ):
             return prompt
-        raise ValueError("must be one text or one list of token ids (several are not supported)")
+        raise ValueError(
+            f"must be a text, a list of token ids, or up to {ANSWERS_MAX} of either (not mixed)"
+        )
+
+    @model_validator(mode="after")
+    def _check_count(self) -> "CompletionBody":
+        if len(self.prompt) * self.answers > ANSWERS_MAX:
+            raise ValueError(f"prompts times n must not exceed {ANSWERS_MAX}")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens must be at least 1 without echo")
+        return self
+
+    @property
+    def limit(self) -> int:
+        """Most tokens of an answer; an engine generates at least one."""
+        return COMPLETION_MAX_TOKENS if self.max_tokens is None else max(1, self.max_tokens)
+
+
+class EmbeddingBody(BaseModel):
+    """``POST /v1/embeddings``. ``input`` becomes a list of texts or lists of token ids."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    input: list[str | list[int]]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+
+    @field_validator("input", mode="plain")
+    @classmethod
+    def _inputs(cls, value: object) -> object:
+        return CompletionBody._prompts(value)
 
 
 _NOT_SERVED: dict[str, tuple[Any, ...]] = {
-    "n": (None, 1),
     "best_of": (None, 1),
-    "logprobs": (None, False, 0),
-    "top_logprobs": (None, 0),
-    "echo": (None, False),
     "suffix": (None, ""),
-    "tools": (None, []),
     "functions": (None, []),
-    "response_format": (None, {"type": "text"}),
-    "tool_choice": (None, "none", "auto"),
     "function_call": (None, "none", "auto"),
     "modalities": (None, ["text"]),
     "audio": (None,),
     "prediction": (None,),
+    "web_search_options": (None,),
     "prompt_logprobs": (None,),
-    "stop_token_ids": (None, []),
-    "chat_template_kwargs": (None, {}),
+    "use_beam_search": (None, False),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
 }
+# Known to one kind of request only; the other must not ignore them.
+_CHAT_ONLY = {"echo": (None, False), "top_logprobs": (None, 0)}
 
 
 def parse(kind: type[Body], raw: bytes) -> Body:
-    """The request body. Raises InvalidRequest that names the wrong field.
-
-    Parameters that would change the answer but are not served yet are refused, not ignored.
-    """
+    """The request body. Raises InvalidRequest that names the wrong field."""
     try:
-        body = kind.model_validate(_object(raw))
+        body = kind.model_validate(json_object(raw))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if not _is_type_name(part))
-        raise InvalidRequest(f"{where or 'body'}: {first['msg']}", param=where or None) from None
-    given = body.model_dump(include=set(_NOT_SERVED)) | (body.model_extra or {})
-    for name, neutral in _NOT_SERVED.items():
+        message = first["msg"].removeprefix("Value error, ")
+        raise InvalidRequest(f"{where or 'body'}: {message}", param=where or None) from None
+    given = body.model_extra or {}
+    for name, neutral in (_NOT_SERVED | _CHAT_ONLY).items():
         if given.get(name) not in neutral:
             raise InvalidRequest(
-                f"{name} is not supported by this server yet",
+                f"{name} is not supported by this server",
                 code="unsupported_parameter",
                 param=name,
             )
     return body
 
 
-def _object(raw: bytes) -> dict[str, Any]:
+def json_object(raw: bytes) -> dict[str, Any]:
+    """The JSON object of a body. Raises InvalidRequest."""
     try:
         body = json.loads(raw)
         if b"\\ud" in raw.lower():  # escapes may hide half a character, which is no text
@@ -205,70 +479,30 @@ def _object(raw: bytes) -> dict[str, Any]:
     return body
 
 
+def service_tier(lane: Lane) -> str:
+    """OpenAI's word for how a request was served."""
+    return "scale" if lane is Lane.LEASE else "default"
+
+
+def _is_ids(value: object) -> bool:
+    return isinstance(value, list) and all(type(token_id) is int for token_id in value)
+
+
+def _arguments(text: str) -> Any:
+    """Arguments as templates want them: the object, or the text if it is none."""
+    try:
+        return json.loads(text) if text else {}
+    except ValueError:
+        return text
+
+
 def _is_type_name(part: int | str) -> bool:
     """pydantic names the branch of a union in an error's place; users do not know those."""
-    return isinstance(part, str) and (part in ("str", "int", "bool") or part.startswith("list["))
+    if not isinstance(part, str):
+        return False
+    known = ("str", "int", "bool", "NamedTool", "function-after")
+    return part in known or part.startswith(("list[", "literal[", "function-"))
 
 
 def _or(value: float | None, default: float) -> float:
     return default if value is None else value
-
-
-def finish_on_wire(reason: FinishReason | None) -> str | None:
-    """OpenAI's word for the reason a response ended."""
-    return "length" if reason is FinishReason.BUDGET else reason
-
-
-def usage_object(record: UsageRecord) -> dict[str, Any]:
-    """OpenAI's usage object, with what it cost as an exact decimal string."""
-    return {
-        "prompt_tokens": record.input_tokens,
-        "completion_tokens": record.output_tokens,
-        "total_tokens": record.input_tokens + record.output_tokens,
-        "prompt_tokens_details": {"cached_tokens": record.cached_input_tokens},
-        "cost": pricing.format_money(record.charge_pico),
-    }
-
-
-class ChatFormat:
-    """Shapes of chat answers."""
-
-    prefix = "chatcmpl"
-    whole = "chat.completion"
-    piece = "chat.completion.chunk"
-
-    def choice(self, text: str, reason: str | None) -> dict[str, Any]:
-        """The choice of a complete answer."""
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
-
-    def opening(self) -> list[dict[str, Any]]:
-        """Choices of the chunk before the text."""
-        delta = {"role": "assistant", "content": ""}
-        return [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}]
-
-    def delta(self, text: str, reason: str | None) -> dict[str, Any]:
-        """The choice of a streamed piece."""
-        delta = {"content": text} if text else {}
-        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-
-
-class CompletionFormat:
-    """Shapes of completion answers."""
-
-    prefix = "cmpl"
-    whole = "text_completion"
-    piece = "text_completion"
-
-    def choice(self, text: str, reason: str | None) -> dict[str, Any]:
-        """The choice of a complete answer or a streamed piece."""
-        return {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
-
-    def opening(self) -> list[dict[str, Any]]:
-        """Completions have no chunk before the text."""
-        return []
-
-    delta = choice
-
-
-Format = ChatFormat | CompletionFormat

@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 from market import pricing
 from market.accounts import CASH, Transfer, TransferKind, tenant_account
 from market.types import (
+    FinishReason,
     Gpu,
     HoldRequest,
     Lane,
@@ -14,10 +15,13 @@ from market.types import (
     Place,
     Principal,
     RateCard,
+    RecordKind,
     Replica,
     ReplicaState,
     Role,
     Route,
+    TokenCounts,
+    UsageRecord,
 )
 
 NOON = datetime(2026, 11, 1, 12, 0, tzinfo=UTC)
@@ -53,27 +57,50 @@ def deposit(amount: str, transfer_id: str = "deposit-1", tenant: str = "acme") -
     )
 
 
-def hold_request(hold_id: str = "req-gw0-1", **changes: object) -> HoldRequest:
+def hold_request(hold_id: str = "slice-1", **changes: object) -> HoldRequest:
     values: dict[str, object] = {
         "hold_id": hold_id,
         "producer": "gw0",
         "epoch": 1,
         "tenant_id": "acme",
-        "api_key_id": "key-acme",
         "wanted_pico": 100,
         "minimum_pico": 50,
         "model": "tiny",
         "lane": Lane.TOKENS,
+        "currency": "USD",
+        "started_at": NOON,
+    }
+    return HoldRequest(**(values | changes))  # type: ignore[arg-type]
+
+
+def token_record(hold: HoldRequest, **changes: object) -> UsageRecord:
+    """A record that draws on ``hold``; its request has the hold's name unless it gets its own."""
+    counts = changes.pop("counts", TokenCounts(0, 0, 0))
+    assert isinstance(counts, TokenCounts)
+    values: dict[str, object] = {
+        "kind": RecordKind.TOKENS,
+        "request_id": hold.hold_id,
+        "tenant_id": hold.tenant_id,
+        "api_key_id": "key-acme",
+        "model": hold.model,
+        "lane": hold.lane,
         "deployment_id": "tiny-1",
         "provider_id": "local",
         "node_id": "local",
         "gpu_type": "cpu",
         "gpu_milli": 0,
+        "started_at": hold.started_at,
+        "finished_at": NOON,
+        "input_tokens": counts.input_tokens,
+        "cached_input_tokens": counts.cached_input_tokens,
+        "output_tokens": counts.output_tokens,
         "price_id": CARD.price_id,
-        "currency": "USD",
-        "started_at": NOON,
+        "charge_pico": 0,
+        "currency": hold.currency,
+        "finish_reason": FinishReason.STOP,
+        "slice_id": hold.hold_id,
     }
-    return HoldRequest(**(values | changes))  # type: ignore[arg-type]
+    return UsageRecord(**(values | changes))  # type: ignore[arg-type]
 
 
 # 10^9 pico units per GPU-second: sums can be done in the head.

@@ -29,7 +29,6 @@ NODE_LABEL = "market.io/node"
 PROVIDER_LABEL = "market.io/provider"
 GPU_TYPE_LABEL = "market.io/gpu-type"
 GPU_MEMORY_LABEL = "market.io/gpu-memory-mib"
-PROXY_MIDDLEWARES = "serve_apps.proxy.middlewares"
 OPERATOR_NODES = {ROLE_LABEL: "operator"}
 LOCAL = "local"
 
@@ -253,11 +252,10 @@ def ray_environment(environ: Mapping[str, str], state_dir: Path) -> dict[str, st
     token_path = state_dir / "ray.token"
     if not token_path.exists():
         write_private(token_path, secrets.token_hex(32))
-    ours = _ray_settings(token_path) | {
-        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": PROXY_MIDDLEWARES,
-    }
     others = ("RAY_ADDRESS", "RAY_AUTH_TOKEN")
-    return {name: value for name, value in environ.items() if name not in others} | ours
+    return {name: value for name, value in environ.items() if name not in others} | (
+        _ray_settings(token_path)
+    )
 
 
 def worker_environment(environ: Mapping[str, str], token_path: Path) -> dict[str, str]:
@@ -286,6 +284,8 @@ def _ray_settings(token_path: Path) -> dict[str, str]:
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         # Ray and vLLM write titles over their command line; not over their environment, please.
         "SPT_NOENV": "1",
+        # Gateways and replicas are services, not batch jobs: Ray would run them at niceness 15.
+        "RAY_worker_niceness": "0",
     }
 
 

@@ -4,7 +4,6 @@ Ray Serve takes seconds to import: that happens at its first use, beside the cal
 """
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,17 +12,16 @@ import ray
 
 from market.catalog import Model, find
 from market.cluster.agent import AgentClient, memory_is_free
+from market.cluster.engines import require_engine
 from market.cluster.models import model_path
 from market.cluster.node import NODE_LABEL
 from market.config import Config
-from market.errors import InvalidRequest
 from market.types import AppStatus, ClusterView, Deployment, Offer, Replica
 
 if TYPE_CHECKING:
     from ray import serve
 
 MODEL_APP = "serve_apps.model:build_app"
-ENGINE_PACKAGES = {"transformers": "transformers", "vllm": "vllm"}
 END_PATIENCE_S = 10.0
 RUNNING, DEPLOY_FAILED = "RUNNING", "DEPLOY_FAILED"
 
@@ -37,15 +35,7 @@ class ServeCluster:
 
     def check(self, model: Model, engine: str) -> None:
         """Raises InvalidRequest or NotFound if the engine or the model's files are missing."""
-        package = ENGINE_PACKAGES.get(engine)
-        if package is None:
-            known = " or ".join(ENGINE_PACKAGES)
-            raise InvalidRequest(f"engine {engine!r} is unknown; use {known}", param="engine")
-        if importlib.util.find_spec(package) is None:
-            raise InvalidRequest(
-                f"engine {engine} is not installed here; run: scripts/setup --engine {engine}",
-                param="engine",
-            )
+        require_engine(engine)
         model_path(model, self._config.models_dir)
 
     def look(self) -> ClusterView:

@@ -86,7 +86,7 @@ def look(snapshot: Snapshot, now: datetime, numbers: dict[str, Any]) -> Watch:
 def _of_numbers(numbers: dict[str, Any]) -> list[Alarm]:
     alarms = []
     if numbers["stale_holds"]:
-        detail = f"{numbers['stale_holds']} requests hold money for more than an hour"
+        detail = f"{numbers['stale_holds']} slices hold money for hours, though gateways renew them"
         alarms.append(Alarm("stale_holds", "holds", detail))
     if numbers["publish_lag_s"] > PUBLISH_LAG_MAX_S:
         detail = f"rows wait for {numbers['publish_lag_s']:.0f} s to be published"

@@ -19,6 +19,7 @@ import msgspec
 from market import crash
 from market.config import UsageSync
 from market.errors import Conflict, InvalidRequest, MarketError, MarketFault, Overloaded
+from market.ledger.inflight import InflightTable, Unfinished, unfinished
 from market.ledger.schema import encode_batch
 from market.ledger.spool import Orphan, Spool, orphans
 from market.pricing import NO_PRICE
@@ -43,6 +44,10 @@ class UsageLedger(Protocol):
         """A new epoch for this producer."""
         ...
 
+    async def producer_mark(self, producer: str) -> tuple[int, int]:
+        """(epoch, next sequence number)."""
+        ...
+
     async def append(self, producer: str, epoch: int, first_seq: int, payload: bytes) -> int:
         """Book a batch exactly once."""
         ...
@@ -55,10 +60,10 @@ class Producer:
         self, ledger: UsageLedger, name: str, folder: Path, sync: UsageSync = UsageSync.SPOOL
     ) -> None:
         self._ledger = ledger
-        self._name = name
+        self.name = name
         self._folder = folder
         self._sync = sync
-        self._epoch = 0
+        self.epoch = 0
         self._requests = 0
         self._booked = 0
         self._failed = ""
@@ -72,39 +77,70 @@ class Producer:
     async def start(self) -> None:
         """Send what dead processes left, take an epoch (which fences them), start sending."""
         async with sweeping(self._folder):
-            await sweep(self._ledger, self._folder, self._name)
-            self._epoch = await self._ledger.register_producer(self._name)
-            self._spool = Spool(self._folder, self._name, self._epoch)
+            await sweep(self._ledger, self._folder, self.name)
+            self.epoch = await self._ledger.register_producer(self.name)
+            self._spool = Spool(self._folder, self.name, self.epoch)
+            self._inflight = InflightTable(self._folder, self.name, self.epoch)
         self._sender = asyncio.create_task(self._send_forever())
+
+    async def sweep_others(self) -> None:
+        """Send what other processes of this machine left that have died since."""
+        async with sweeping(self._folder):
+            await sweep(self._ledger, self._folder, None)
+
+    async def flush(self) -> None:
+        """Wait until what is waiting is sent, if it can be."""
+        self._full.set()
+        while self._waiting and not self._cannot_send():
+            async with self._progress:
+                await self._progress.wait()
 
     async def stop(self) -> None:
         """Send what is waiting and stop; what cannot be sent now stays in the spool."""
         if self._sender is not None:
-            self._full.set()
-            while self._waiting and not self._cannot_send():
-                async with self._progress:
-                    await self._progress.wait()
+            await self.flush()
             self._sender.cancel()
             await asyncio.gather(self._sender, return_exceptions=True)
+            self._inflight.close(keep=bool(self._waiting) or self._inflight.used)
             self._spool.close()
 
     def check(self) -> None:
         """Raises MarketFault if records can no longer be sent: this process must be replaced."""
         if self._failed:
-            raise MarketFault(f"{self._name} of epoch {self._epoch}: {self._failed}")
+            raise MarketFault(f"{self.name} of epoch {self.epoch}: {self._failed}")
         if self._sender is None or self._sender.done():
-            raise MarketFault(f"{self._name} does not send its records")
+            raise MarketFault(f"{self.name} does not send its records")
 
     def identity(self) -> tuple[str, int]:
         """(producer, epoch). Raises Overloaded while too many records wait for the ledger."""
         if len(self._waiting) >= WAITING_MAX:
             raise Overloaded("the ledger does not keep up, try again", retry_after_s=5)
-        return self._name, self._epoch
+        return self.name, self.epoch
 
     def next_request_id(self) -> str:
         """``req-<producer>-<n>``; n never repeats, because each epoch has its own range."""
         self._requests += 1
-        return f"req-{self._name}-{self._epoch * REQUESTS_PER_EPOCH + self._requests}"
+        return f"req-{self.name}-{self.epoch * REQUESTS_PER_EPOCH + self._requests}"
+
+    @property
+    def booked(self) -> int:
+        """Records with a smaller number are in the ledger."""
+        return self._booked
+
+    @property
+    def next_seq(self) -> int:
+        """Number of the next record."""
+        return self._spool.next_seq
+
+    def begin(self, record: UsageRecord) -> None:
+        """A request is under way; this is its record if it is never finished.
+
+        Raises Overloaded if the disk is full.
+        """
+        try:
+            self._inflight.add(record)
+        except OSError as error:
+            raise Overloaded("no room on the gateway's disk", retry_after_s=10) from error
 
     @property
     def unbooked(self) -> int:
@@ -129,9 +165,11 @@ class Producer:
         while True:
             try:
                 seq = self._spool.append(record)
+                self._inflight.set_next_seq(seq + 1)
+                self._inflight.remove(record.request_id)
                 break
             except OSError as error:
-                logger.error("spool of %s: %s; trying again", self._name, error)
+                logger.error("spool of %s: %s; trying again", self.name, error)
                 await asyncio.sleep(FULL_DISK_RETRY_S)
         crash.reach("spooled")
         self._waiting.append(record)
@@ -158,13 +196,13 @@ class Producer:
             await asyncio.to_thread(_sync_all, self._spool.descriptors())
         except OSError as error:
             self._failed = f"the spool's disk failed: {error}"
-            raise MarketFault(f"{self._name}: {self._failed}") from error
+            raise MarketFault(f"{self.name}: {self._failed}") from error
 
     async def _acknowledged(self, seq: int) -> None:
         async with self._progress:
             await self._progress.wait_for(lambda: self._booked > seq or self._cannot_send())
         if self._booked <= seq:
-            raise MarketFault(f"{self._name}: usage was not booked, this process is replaced")
+            raise MarketFault(f"{self.name}: usage was not booked, this process is replaced")
 
     def _cannot_send(self) -> bool:
         return bool(self._failed) or self._sender is None or self._sender.done()
@@ -188,9 +226,9 @@ class Producer:
         """Send what has gathered, and forget it once the ledger has it."""
         batch = [self._waiting[place] for place in range(min(len(self._waiting), BATCH_MAX))]
         try:
-            self._booked = await send(self._ledger, (self._name, self._epoch), self._booked, batch)
+            self._booked = await send(self._ledger, (self.name, self.epoch), self._booked, batch)
         except MarketError as error:
-            logger.error("%s cannot send any more: %s", self._name, error)
+            logger.error("%s cannot send any more: %s", self.name, error)
             self._failed = f"cannot send any more ({error.code}): {error}"
             raise
         crash.reach("acknowledged")
@@ -230,14 +268,17 @@ async def sweeping(folder: Path) -> AsyncIterator[None]:
         os.close(descriptor)
 
 
-async def sweep(ledger: UsageLedger, folder: Path, name: str) -> None:
+async def sweep(ledger: UsageLedger, folder: Path, name: str | None) -> None:
     """Send the records that dead processes of this machine left, under their old identity.
 
-    A producer whose records were found is fenced afterwards, so that holds which it left open
-    end; ``name`` itself is about to be. Records that come too late (their epoch was fenced
-    before) are put aside: their holds have ended.
+    Requests that they left unfinished get theirs: charge 0. A producer of which something was found
+    is fenced afterwards, so that holds which it left open end; ``name`` itself is about to be.
+    Records that come too late (their epoch was fenced before) are put aside: their holds have
+    ended.
     """
+    sent: list[Path] = []
     swept = set()
+    recorded: dict[tuple[str, int], set[str | None]] = {}
     for orphan in orphans(folder):
         try:
             await _send_orphan(ledger, orphan)
@@ -246,8 +287,19 @@ async def sweep(ledger: UsageLedger, folder: Path, name: str) -> None:
             orphan.path.rename(orphan.path.with_suffix(".refused"))
             continue
         crash.reach("swept")
-        orphan.path.unlink()
+        names = recorded.setdefault((orphan.producer, orphan.epoch), set())
+        names.update(record.request_id for record in orphan.records)
+        sent.append(orphan.path)
         swept.add(orphan.producer)
+    tables = unfinished(folder)
+    for table in tables:
+        known = recorded.get((table.producer, table.epoch), set())
+        await _recover(ledger, table, [r for r in table.records if r.request_id not in known])
+        crash.reach("recovered")
+        swept.add(table.producer)
+    # Tables first: only with the records of its spool is it known which requests were finished.
+    for path in [*(table.path for table in tables), *sent]:
+        path.unlink(missing_ok=True)
     for producer in sorted(swept - {name}):
         await ledger.register_producer(producer)
 
@@ -260,15 +312,34 @@ async def _send_orphan(ledger: UsageLedger, orphan: Orphan) -> None:
         await send(ledger, identity, orphan.first_seq + start, part)
 
 
+async def _recover(ledger: UsageLedger, table: Unfinished, records: Sequence[UsageRecord]) -> None:
+    """Give unfinished requests their records, after all that their process wrote.
+
+    Always under the same numbers, so that a sweep that is killed can be done again.
+    """
+    epoch, next_seq = await ledger.producer_mark(table.producer)
+    if epoch != table.epoch:
+        return  # fenced before: what it held has returned
+    if next_seq < table.next_seq:
+        logger.error("records of %s were lost before they were sent", table.path.name)
+    try:
+        first_seq = min(next_seq, table.next_seq)
+        await send(ledger, (table.producer, table.epoch), first_seq, records)
+    except MarketError as error:
+        logger.error("%s was not recovered: %s", table.path.name, error)
+
+
 async def send(
     ledger: UsageLedger, identity: tuple[str, int], first_seq: int, records: Sequence[UsageRecord]
 ) -> int:
     """Have records booked, however long the ledger is away; returns the next sequence number.
 
     One that is refused must neither take its neighbours along nor leave a gap: in its place goes
-    one that charges nothing and ends its hold, or, if its hold is the trouble, one without.
+    one that charges nothing, or, if its hold is the trouble, one without.
     Raises Conflict if the producer is fenced.
     """
+    if not records:
+        return first_seq
     try:
         return await _append(ledger, identity, first_seq, records)
     except Conflict:

@@ -1,14 +1,23 @@
-"""Who takes part and at what price: tenants, providers, API keys (hashes only), rate cards."""
+"""Who takes part and at what price: tenants, providers, API keys (hashes only), budgets, packs,
+rate cards.
+"""
 
+import hmac
 import re
+from dataclasses import asdict
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import Connection, Row, func, select, update
+import msgspec
+from sqlalchemy import Connection, Row, delete, func, or_, select, update
 
-from market.errors import InvalidRequest, NotFound
+from market.budgets import Spend
+from market.errors import Conflict, InvalidRequest, NotFound
 from market.ledger import tables
-from market.types import Principal, RateCard, Role
+from market.storage import upsert
+from market.types import Budget, KeyPolicy, Pack, Period, Principal, RateCard, Role
 
+WEIGHT_MAX = 1000
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 
@@ -58,11 +67,33 @@ def list_providers(connection: Connection) -> list[str]:
     return list(connection.execute(query).scalars())
 
 
+def set_weight(connection: Connection, tenant_id: str, weight: int) -> None:
+    """A tenant's share of contended pools. Raises NotFound, InvalidRequest."""
+    if not 1 <= weight <= WEIGHT_MAX:
+        raise InvalidRequest(f"weight: a whole number from 1 to {WEIGHT_MAX}, got {weight}")
+    table = tables.tenants
+    statement = update(table).where(table.c.tenant_id == tenant_id).values(weight=weight)
+    if connection.execute(statement).rowcount == 0:
+        raise NotFound(f"tenant {tenant_id!r} does not exist", code="tenant_not_found")
+
+
+def weights(connection: Connection) -> dict[str, int]:
+    """Every tenant's share of contended pools."""
+    table = tables.tenants
+    return {
+        row.tenant_id: row.weight
+        for row in connection.execute(select(table.c.tenant_id, table.c.weight))
+    }
+
+
+# -- keys --------------------------------------------------------------------------------------
+
+
 def add_key(
     connection: Connection, principal: Principal, key_hash: str, now: datetime
 ) -> Principal:
     """Store a key's hash. The same hash again returns the key it already is."""
-    known = find_key(connection, key_hash)
+    known = find_key(connection, key_hash, now)
     if known is not None:
         return known
     if principal.role is Role.TENANT and not tenant_exists(connection, principal.subject_id):
@@ -84,20 +115,45 @@ def add_key(
             role=principal.role,
             subject_id=principal.subject_id,
             created_at=now,
+            policy=_encode(principal.policy),
         )
     )
     return principal
 
 
-def find_key(connection: Connection, key_hash: str) -> Principal | None:
-    """Whom a key speaks for; None if unknown or revoked."""
-    keys = tables.api_keys
-    query = select(keys).where(keys.c.key_hash == key_hash, keys.c.revoked_at.is_(None))
+def find_key(connection: Connection, key_hash: str, now: datetime) -> Principal | None:
+    """Whom a secret speaks for; None if unknown, revoked or rotated away.
+
+    Found by the index, compared again in constant time.
+    """
+    keys, tenants = tables.api_keys, tables.tenants
+    query = (
+        select(keys, tenants.c.weight)
+        .join_from(keys, tenants, keys.c.subject_id == tenants.c.tenant_id, isouter=True)
+        .where(
+            or_(keys.c.key_hash == key_hash, keys.c.previous_hash == key_hash),
+            keys.c.revoked_at.is_(None),
+        )
+    )
     row = connection.execute(query).one_or_none()
-    return None if row is None else Principal(row.api_key_id, Role(row.role), row.subject_id)
+    if row is None:
+        return None
+    current = hmac.compare_digest(row.key_hash, key_hash)
+    previous = hmac.compare_digest(row.previous_hash or "", key_hash)
+    if not current and not (previous and row.previous_until > now):
+        return None
+    budgets = select(tables.budgets).where(tables.budgets.c.subject == row.api_key_id)
+    return Principal(
+        row.api_key_id,
+        Role(row.role),
+        row.subject_id,
+        policy=_decode(row.policy),
+        weight=row.weight if row.role == Role.TENANT else 1,
+        budgeted=connection.execute(budgets).first() is not None,
+    )
 
 
-def list_keys(connection: Connection, subject_id: str | None) -> list[dict[str, str | None]]:
+def list_keys(connection: Connection, subject_id: str | None) -> list[dict[str, Any]]:
     """Keys without their hashes, of one subject or of all."""
     query = select(tables.api_keys).order_by(tables.api_keys.c.created_at)
     if subject_id is not None:
@@ -109,20 +165,132 @@ def list_keys(connection: Connection, subject_id: str | None) -> list[dict[str, 
             "subject_id": row.subject_id,
             "created_at": row.created_at.isoformat(),
             "revoked_at": None if row.revoked_at is None else row.revoked_at.isoformat(),
+            "policy": msgspec.to_builtins(_decode(row.policy)),
         }
         for row in connection.execute(query)
     ]
 
 
-def revoke_key(connection: Connection, api_key_id: str, now: datetime) -> None:
-    """End a key. Raises NotFound; revoking twice keeps the first time."""
+def key_row(connection: Connection, api_key_id: str) -> Row[Any]:
+    """A key's row. Raises NotFound."""
     keys = tables.api_keys
     row = connection.execute(select(keys).where(keys.c.api_key_id == api_key_id)).one_or_none()
     if row is None:
         raise NotFound(f"no API key {api_key_id!r}; see: market keys ls", code="key_not_found")
-    if row.revoked_at is None:
-        statement = update(keys).where(keys.c.api_key_id == api_key_id)
+    return row
+
+
+def set_policy(connection: Connection, api_key_id: str, policy: KeyPolicy) -> None:
+    """What a key may do from now on. Raises NotFound."""
+    key_row(connection, api_key_id)
+    keys = tables.api_keys
+    statement = update(keys).where(keys.c.api_key_id == api_key_id)
+    connection.execute(statement.values(policy=_encode(policy)))
+
+
+def rotate_key(
+    connection: Connection, api_key_id: str, key_hash: str, previous_until: datetime
+) -> None:
+    """Give a key a new secret; the one it had works on until ``previous_until``.
+
+    Raises NotFound, or Conflict if the key is revoked. The same hash again changes nothing.
+    """
+    row = key_row(connection, api_key_id)
+    if row.revoked_at is not None:
+        raise Conflict(f"key {api_key_id} is revoked", code="key_revoked")
+    if row.key_hash == key_hash:
+        return
+    keys = tables.api_keys
+    connection.execute(
+        update(keys)
+        .where(keys.c.api_key_id == api_key_id)
+        .values(key_hash=key_hash, previous_hash=row.key_hash, previous_until=previous_until)
+    )
+
+
+def revoke_key(connection: Connection, api_key_id: str, now: datetime) -> None:
+    """End a key. Raises NotFound; revoking twice keeps the first time."""
+    if key_row(connection, api_key_id).revoked_at is None:
+        statement = update(tables.api_keys).where(tables.api_keys.c.api_key_id == api_key_id)
         connection.execute(statement.values(revoked_at=now))
+
+
+def _encode(policy: KeyPolicy) -> str:
+    return msgspec.json.encode(policy).decode()
+
+
+def _decode(text: str) -> KeyPolicy:
+    return msgspec.json.decode(text, type=KeyPolicy)
+
+
+# -- budgets and packs -------------------------------------------------------------------------
+
+
+def set_budget(connection: Connection, budget: Budget) -> None:
+    """Set or replace a budget."""
+    row = {
+        "subject": budget.subject,
+        "period": budget.period,
+        "limit_pico": budget.limit_pico,
+    }
+    upsert(connection, tables.budgets, [row])
+
+
+def remove_budget(connection: Connection, subject: str, period: Period) -> None:
+    """No limit for this period any more."""
+    table = tables.budgets
+    own = (table.c.subject == subject, table.c.period == period)
+    connection.execute(delete(table).where(*own))
+
+
+def all_budgets(connection: Connection) -> dict[str, tuple[Budget, ...]]:
+    """Budgets by subject."""
+    found: dict[str, tuple[Budget, ...]] = {}
+    for row in connection.execute(select(tables.budgets)):
+        budget = Budget(row.subject, Period(row.period), row.limit_pico)
+        found[row.subject] = (*found.get(row.subject, ()), budget)
+    return found
+
+
+def all_spends(connection: Connection) -> dict[tuple[str, Period], Spend]:
+    """What was spent of each budget."""
+    return {
+        (row.subject, Period(row.period)): Spend(row.since, row.spent_pico)
+        for row in connection.execute(select(tables.spends))
+    }
+
+
+def add_pack(connection: Connection, pack: Pack) -> None:
+    """Store a pack."""
+    connection.execute(tables.packs.insert().values(**asdict(pack)))
+
+
+def find_pack(connection: Connection, pack_id: str) -> Pack | None:
+    """A pack, open or closed."""
+    query = select(tables.packs).where(tables.packs.c.pack_id == pack_id)
+    row = connection.execute(query).one_or_none()
+    return None if row is None else _pack(row)
+
+
+def open_packs(connection: Connection) -> dict[str, Pack]:
+    """Packs that are not closed, by id."""
+    query = select(tables.packs).where(tables.packs.c.closed_at.is_(None))
+    return {row.pack_id: _pack(row) for row in connection.execute(query)}
+
+
+def close_pack(connection: Connection, pack_id: str, now: datetime) -> None:
+    """Nothing is left of a pack."""
+    table = tables.packs
+    connection.execute(update(table).where(table.c.pack_id == pack_id).values(closed_at=now))
+
+
+def _pack(row: Row[Any]) -> Pack:
+    values = dict(row._mapping)
+    del values["closed_at"]
+    return Pack(**values)
+
+
+# -- prices ------------------------------------------------------------------------------------
 
 
 def add_rate_card(connection: Connection, card: RateCard) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 import pyarrow as pa
 from sqlalchemy import Row
 
+from market.accounts import tenant_account
 from market.errors import InvalidRequest
 from market.ledger.manifest import KEYS, SCHEMAS, Dataset, entries_table
 from market.ledger.snapshot import Snapshot
+from market.pricing import to_pico
 
 GROUPS = {
     "model": "model",
@@ -95,6 +97,21 @@ def buckets(
     start = f"CAST(epoch_us(booked_at) // 1000000 // {step} * {step} AS BIGINT) AS start_time"
     sql = f"SELECT {start}, {columns} {_SUMS} FROM usage {_WHERE} GROUP BY ALL ORDER BY ALL"
     return _rows(snapshot, sql, query.parameters())
+
+
+def spent_before(snapshot: Snapshot, subject: str, since: datetime, until_lsn: int) -> int:
+    """What an API key or a tenant (by its account id) was charged since then, in pico units.
+
+    Rows from ``until_lsn`` on and corrections are left out.
+    """
+    column = "tenant_id" if subject.startswith(tenant_account("")) else "api_key_id"
+    sql = (
+        f"SELECT coalesce(sum(charge), 0) AS charge FROM usage WHERE {column} = $name "
+        "AND booked_at >= $since AND lsn < $until AND kind IN ('tokens', 'gpu')"
+    )
+    name = subject.removeprefix(tenant_account(""))
+    rows = _rows(snapshot, sql, {"name": name, "since": since, "until": until_lsn})
+    return to_pico(rows[0]["charge"])
 
 
 def rows_of_request(snapshot: Snapshot, request_id: str) -> list[dict[str, Any]]:

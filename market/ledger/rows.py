@@ -41,7 +41,7 @@ def account_row(account: Account) -> dict[str, object]:
 
 
 def hold_row(hold: Hold) -> dict[str, object]:
-    """The row of a hold; what a record needs if its gateway dies goes in as JSON."""
+    """The row of a hold; the request goes in as JSON."""
     request = asdict(hold.request)
     request["started_at"] = hold.request.started_at.isoformat()
     return {
@@ -52,6 +52,7 @@ def hold_row(hold: Hold) -> dict[str, object]:
         "amount_pico": hold.amount_pico,
         "state": hold.state,
         "posted_pico": hold.posted_pico,
+        "version": hold.version,
     }
 
 
@@ -66,4 +67,5 @@ def hold_from(row: Row[tuple[object, ...]]) -> Hold:
         values["amount_pico"],
         HoldState(values["state"]),
         values["posted_pico"],
+        values["version"],
     )

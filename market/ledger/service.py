@@ -12,14 +12,14 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 
 from market import accounts as rules
-from market import storage
+from market import budgets, storage
 from market.config import Config
 from market.errors import MarketFault, NotFound, Overloaded
 from market.ledger import (
@@ -44,14 +44,28 @@ from market.ledger.statement import Party, Statement
 from market.ledger.store import LEDGER_PRODUCER, LedgerStore
 from market.ledger.writer import Writer
 from market.ports import Clock
-from market.types import CURRENCY, HoldRequest, Principal, RateCard
+from market.types import (
+    CURRENCY,
+    Access,
+    HoldChange,
+    HoldRequest,
+    KeyPolicy,
+    Lane,
+    Pack,
+    PackLeft,
+    Period,
+    Principal,
+    RateCard,
+    Role,
+)
 
 LOCK_PATIENCE_S = 5.0
 REPORTS_MAX = 2
 RESERVE_BYTES = 64 * 2**20
 ROOM_CHECK_S = 1.0
 WATCH_S = 60.0
-STALE_HOLD = timedelta(hours=1)
+# Gateways begin new slices long before.
+STALE_HOLD = timedelta(hours=2)
 LIVE_ENTRIES_MAX = 65_536
 
 logger = logging.getLogger(__name__)
@@ -84,6 +98,7 @@ class Ledger:
         self._room_asked_s = float("-inf")
         self._has_room = True
         self._watch = Watch()
+        self._access_changes = 0
 
     async def open(self) -> None:
         """Lock, connect, migrate, repair, and start the writer and the loops.
@@ -157,21 +172,98 @@ class Ledger:
         """Store the hash of a key."""
         now = self._clock.now()
         added = await self._command(lambda c: registry.add_key(c, principal, key_hash, now))
+        self._access_changes += 1
         return added  # type: ignore[no-any-return]
 
     async def find_key(self, key_hash: str) -> Principal | None:
         """Whom a key speaks for, None if nobody."""
-        found = await self._command(lambda c: registry.find_key(c, key_hash))
+        now = self._clock.now()
+        found = await self._command(lambda c: registry.find_key(c, key_hash, now))
         return found  # type: ignore[no-any-return]
 
-    async def keys(self, subject_id: str | None) -> list[dict[str, str | None]]:
+    async def access(self) -> Access:
+        """What gateways keep at hand."""
+        now = self._clock.now()
+
+        def command(connection: Connection) -> Access:
+            version = f"{self._store.mark(LEDGER_PRODUCER).epoch}.{self._access_changes}"
+            return Access(version, tuple(registry.current_rate_cards(connection, now)))
+
+        found = await self._command(command)
+        return found  # type: ignore[no-any-return]
+
+    async def keys(self, subject_id: str | None) -> list[dict[str, Any]]:
         """Keys of one subject or all, without secrets."""
         return list(await self._command(lambda c: registry.list_keys(c, subject_id)))
+
+    async def key_owner(self, api_key_id: str) -> tuple[Role, str]:
+        """Role and subject of a key. Raises NotFound."""
+        row = await self._command(lambda c: registry.key_row(c, api_key_id))
+        return Role(row.role), row.subject_id
+
+    async def set_policy(self, api_key_id: str, policy: KeyPolicy) -> None:
+        """What a key may do from now on. Raises NotFound."""
+        await self._command(lambda c: registry.set_policy(c, api_key_id, policy))
+        self._access_changes += 1
+
+    async def rotate_key(self, api_key_id: str, key_hash: str, overlap: timedelta) -> datetime:
+        """A new secret for a key; until the time returned the old one works, too.
+
+        Raises NotFound, Conflict.
+        """
+        until = self._clock.now() + overlap
+        await self._command(lambda c: registry.rotate_key(c, api_key_id, key_hash, until))
+        self._access_changes += 1
+        return until
 
     async def revoke_key(self, api_key_id: str) -> None:
         """End a key."""
         now = self._clock.now()
         await self._command(lambda c: registry.revoke_key(c, api_key_id, now))
+        self._access_changes += 1
+
+    async def set_weight(self, tenant_id: str, weight: int) -> None:
+        """A tenant's share of contended pools. Raises NotFound, InvalidRequest."""
+        await self._command(lambda c: registry.set_weight(c, tenant_id, weight))
+        self._access_changes += 1
+
+    async def weights(self) -> dict[str, int]:
+        """Every tenant's share of contended pools."""
+        return dict(await self._command(registry.weights))
+
+    async def set_budgets(self, subject: str, limits: dict[Period, int | None]) -> None:
+        """Set (or, with None, remove) what a key or tenant may spend per period, in pico units.
+
+        ``subject`` is an API key's id or a tenant's account id. What it spent before in a period
+        that goes on counts.
+        """
+        now = self._clock.now()
+        self._access_changes += 1
+        until_lsn = await self._command(lambda c: self._store.set_budgets(c, subject, limits))
+        for period in [name for name, limit_pico in limits.items() if limit_pico is not None]:
+            since = budgets.window(period, now)[0]
+            before_pico = await self._ask(
+                lambda s: reports.spent_before(s, subject, since, until_lsn)  # noqa: B023
+            )
+            await self._command(
+                lambda c: self._store.found_spent(subject, period, since, before_pico)  # noqa: B023
+            )
+
+    async def budget_rows(self, subject: str) -> list[dict[str, Any]]:
+        """A subject's budgets with what was spent and when they begin anew."""
+        return list(await self._command(lambda c: self._store.budget_rows(subject)))
+
+    async def buy_tokens(self, pack: Pack, card: RateCard, made_by: str) -> tuple[Pack, bool]:
+        """Sell a token pack to its tenant, once per id; whether it is new.
+
+        Raises Conflict, InsufficientBalance, NotFound.
+        """
+        bought = await self._command(lambda c: self._store.buy_tokens(c, pack, card, made_by))
+        return bought  # type: ignore[no-any-return]
+
+    async def packs(self, tenant_id: str) -> list[PackLeft]:
+        """A tenant's packs that can be drawn on."""
+        return list(await self._command(lambda c: self._store.packs_left(c, tenant_id)))
 
     async def add_rate_cards(self, cards: list[RateCard], only_new_models: bool) -> None:
         """Add prices; with ``only_new_models`` leave models alone that have one."""
@@ -231,16 +323,19 @@ class Ledger:
     async def open_hold(self, request: HoldRequest) -> rules.HoldResult:
         """Set money aside for a request or a slice. Raises Overloaded while the disk is full."""
         if not self._room():
-            raise Overloaded(
-                "the ledger's disk is full: nothing new is admitted until there is room",
-                code="storage_full",
-                retry_after_s=10,
-            )
+            raise _full_disk()
         result = await self._command(lambda c: self._store.open_hold(c, request))
         return result  # type: ignore[no-any-return]
 
+    async def resize_hold(self, producer: str, epoch: int, change: HoldChange) -> rules.HoldResult:
+        """Let a hold grow or shrink, once per version. Raises Conflict, InvalidRequest."""
+        if not self._room():
+            raise _full_disk()
+        result = await self._command(lambda c: self._store.resize_hold(c, change, producer, epoch))
+        return result  # type: ignore[no-any-return]
+
     async def end_hold(self, producer: str, epoch: int, hold_id: str) -> None:
-        """Give back what is left of a shared hold."""
+        """Give back what is left of a hold."""
         await self._command(lambda c: self._store.end_hold(c, producer, epoch, hold_id))
 
     async def open_holds(self) -> list[rules.Hold]:
@@ -251,6 +346,11 @@ class Ledger:
         """A new epoch; the old one is fenced and its open holds resolved."""
         epoch = await self._command(lambda c: self._store.register_producer(c, producer))
         return int(epoch)
+
+    async def producer_mark(self, producer: str) -> tuple[int, int]:
+        """(epoch, next sequence number) of a producer."""
+        mark = await self._command(lambda c: self._store.mark(producer))
+        return mark.epoch, mark.next_seq
 
     async def append(self, producer: str, epoch: int, first_seq: int, payload: bytes) -> int:
         """Book a batch of usage exactly once; returns the next sequence number."""
@@ -318,6 +418,7 @@ class Ledger:
         while True:
             await asyncio.sleep(WATCH_S)
             try:
+                await self._command(self._store.expire_packs)
                 await self.watch()
             except Exception:  # the next look may do better; the ledger goes on
                 logger.exception("looking for alarms failed")
@@ -334,7 +435,8 @@ class Ledger:
             "open_holds": len(holds),
             "held_pico": sum(hold.left_pico for hold in holds),
             "stale_holds": sum(
-                not h.request.shared and now - h.request.started_at > STALE_HOLD for h in holds
+                h.request.lane is not Lane.LEASE and now - h.request.started_at > STALE_HOLD
+                for h in holds
             ),
         }
 
@@ -351,6 +453,7 @@ class Ledger:
 
     async def keep_house(self) -> None:
         """What the ledger does every minute."""
+        await self._command(self._store.expire_packs)
         await self._sealer.keep_house(self._store.state)
 
     async def checkpoint(self) -> str:
@@ -486,6 +589,14 @@ class Ledger:
             self._room_asked_s = now_s
             self._has_room = self._sealer.publisher.free_bytes() > RESERVE_BYTES
         return self._has_room
+
+
+def _full_disk() -> Overloaded:
+    return Overloaded(
+        "the ledger's disk is full: nothing new is admitted until there is room",
+        code="storage_full",
+        retry_after_s=10,
+    )
 
 
 def _write_text(path: Any, text: str) -> None:

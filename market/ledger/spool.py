@@ -34,7 +34,7 @@ class Spool:
         self._folder = folder
         self._producer = producer
         self._epoch = epoch
-        self._next_seq = 0
+        self.next_seq = 0
         self._segments: list[tuple[int, Path, int]] = []
         self._size = 0
 
@@ -54,8 +54,8 @@ class Spool:
             os.ftruncate(descriptor, self._size)  # a short write must not hide what comes next
             raise
         self._size += len(content)
-        self._next_seq += 1
-        return self._next_seq - 1
+        self.next_seq += 1
+        return self.next_seq - 1
 
     def descriptors(self) -> list[int]:
         """Duplicates of the open files, to be synced and closed by another thread."""
@@ -65,7 +65,7 @@ class Spool:
         """Delete segments whose records all have numbers below ``booked``."""
         while len(self._segments) > 1 and self._segments[1][0] <= booked:
             self._drop_first()
-        if self._segments and booked >= self._next_seq:
+        if self._segments and booked >= self.next_seq:
             self._drop_first()
             self._size = 0
 
@@ -76,7 +76,7 @@ class Spool:
         self._segments.clear()
 
     def _open_segment(self) -> None:
-        name = f"{self._producer}.{self._epoch}.{self._next_seq}.spool"
+        name = f"{self._producer}.{self._epoch}.{self.next_seq}.spool"
         path = self._folder / name
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
         # Locked before it has its name: one that another process sees unlocked is an orphan, and
@@ -85,7 +85,7 @@ class Spool:
         descriptor = os.open(fresh, flags, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         fresh.rename(path)
-        self._segments.append((self._next_seq, path, descriptor))
+        self._segments.append((self.next_seq, path, descriptor))
         self._size = 0
 
     def _drop_first(self) -> None:

@@ -12,11 +12,12 @@ from sqlalchemy import Connection, bindparam, select, update
 
 from market import accounts as rules
 from market.accounts import Account, Books, Hold, HoldState
+from market.budgets import Spend
 from market.ledger import registry, tables
 from market.ledger.rows import account_from, account_row, hold_from, hold_row, rows_by_key
 from market.pricing import NO_PRICE
 from market.storage import upsert
-from market.types import CURRENCY, RateCard
+from market.types import CURRENCY, Budget, Pack, Period, RateCard
 
 ACCOUNTS_KEPT = 100_000
 _CHANGE_HOLD = (
@@ -24,7 +25,9 @@ _CHANGE_HOLD = (
     .where(tables.holds.c.hold_id == bindparam("id"))
     .values(
         state=bindparam("now_state"),
+        amount_pico=bindparam("now_amount"),
         posted_pico=bindparam("now_posted"),
+        version=bindparam("now_version"),
         changed_at=bindparam("now"),
     )
 )
@@ -61,16 +64,20 @@ class State:
     producers: dict[str, ProducerMark] = field(default_factory=dict)
     leases: dict[tuple[str, str], int] = field(default_factory=dict)
     cards: dict[str, RateCard] = field(default_factory=dict)
+    budgets: dict[str, tuple[Budget, ...]] = field(default_factory=dict)
+    spends: dict[tuple[str, Period], Spend] = field(default_factory=dict)
+    packs: dict[str, Pack] = field(default_factory=dict)
     visited_holds: set[str] = field(default_factory=set)
     dirty_accounts: set[str] = field(default_factory=set)
     new_holds: set[str] = field(default_factory=set)
     dirty_holds: set[str] = field(default_factory=set)
     dirty_producers: set[str] = field(default_factory=set)
     dirty_leases: set[tuple[str, str]] = field(default_factory=set)
+    dirty_spends: set[tuple[str, Period]] = field(default_factory=set)
     counted: bool = False
 
     def load(self, connection: Connection) -> None:
-        """Read counters, producers, prices and open holds; accounts come when they are needed."""
+        """Read all but accounts, keys and holds that ended: those come when they are needed."""
         row = connection.execute(select(tables.counters)).one_or_none()
         if row is not None:
             values = dict(row._mapping)
@@ -81,6 +88,9 @@ class State:
         for row in connection.execute(select(tables.lease_totals)):
             self.leases[row.lease_id, row.price_id] = row.gpu_us
         self.cards = registry.all_rate_cards(connection) | {NO_PRICE.price_id: NO_PRICE}
+        self.budgets = registry.all_budgets(connection)
+        self.spends = registry.all_spends(connection)
+        self.packs = registry.open_packs(connection)
         pending = select(tables.holds).where(tables.holds.c.state == HoldState.PENDING)
         self.holds = {row.hold_id: hold_from(row) for row in connection.execute(pending)}
         self.need_accounts(connection, [a.account_id for a in rules.chart_of_accounts(CURRENCY)])
@@ -122,6 +132,11 @@ class State:
         self.leases[key] = gpu_us
         self.dirty_leases.add(key)
 
+    def set_spend(self, key: tuple[str, Period], spend: Spend) -> None:
+        """Advance what was spent of a budget."""
+        self.spends[key] = spend
+        self.dirty_spends.add(key)
+
     def flush(self, connection: Connection, now: datetime) -> None:
         """Write back what changed; drop holds that have ended and accounts beyond the limit."""
         if self.dirty_accounts:
@@ -137,7 +152,9 @@ class State:
                 {
                     "id": hold.request.hold_id,
                     "now_state": hold.state,
+                    "now_amount": hold.amount_pico,
                     "now_posted": hold.posted_pico,
+                    "now_version": hold.version,
                     "now": now,
                 }
                 for hold in changed
@@ -155,6 +172,12 @@ class State:
                 for key in sorted(self.dirty_leases)
             ]
             upsert(connection, tables.lease_totals, rows)
+        if self.dirty_spends:
+            rows = [
+                {"subject": key[0], "period": key[1], **asdict(self.spends[key])}
+                for key in sorted(self.dirty_spends)
+            ]
+            upsert(connection, tables.spends, rows)
         if self.counted:
             upsert(connection, tables.counters, [{"id": 1, **asdict(self.counters)}])
         self._settle_down()
@@ -169,4 +192,5 @@ class State:
             names.clear()
         self.dirty_producers.clear()
         self.dirty_leases.clear()
+        self.dirty_spends.clear()
         self.counted = False

@@ -6,6 +6,7 @@ are in market.accounts, market.pricing and rating; here they meet rows.
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -15,23 +16,36 @@ import pyarrow.compute as pc
 from sqlalchemy import Connection, select
 
 from market import accounts as rules
-from market import pricing
-from market.accounts import Account, Books, Hold, HoldResult, HoldState, Transfer, TransferKind
-from market.errors import Conflict, InvalidRequest
+from market import budgets, pricing
+from market.accounts import (
+    Account,
+    Books,
+    Hold,
+    HoldResult,
+    HoldState,
+    HoldStatus,
+    Transfer,
+    TransferKind,
+)
+from market.budgets import Allowance, Spend
+from market.errors import Conflict, InsufficientBalance, InvalidRequest, NotFound
 from market.ledger import journal, registry, tables
-from market.ledger.rating import money_column, require_tokens
+from market.ledger.rating import money_column, money_sum, require_tokens
 from market.ledger.rows import account_from
 from market.ledger.schema import decode, encode, encode_batch
 from market.ledger.state import ProducerMark, State
 from market.ports import Clock
 from market.types import (
     CURRENCY,
-    FinishReason,
+    Budget,
+    HoldChange,
     HoldRequest,
+    Lane,
+    Pack,
+    PackLeft,
+    Period,
     RateCard,
     RecordKind,
-    TokenCounts,
-    UsageQuality,
     UsageRecord,
 )
 
@@ -125,23 +139,40 @@ class LedgerStore:
     def open_hold(self, connection: Connection, request: HoldRequest) -> HoldResult:
         """Set money aside for a producer that is not fenced."""
         self._require_epoch(request.producer, request.epoch)
-        self.state.need_accounts(connection, [rules.tenant_account(request.tenant_id)])
+        self.state.need_accounts(connection, [rules.account_of(request)])
         self.state.need_hold(connection, request.hold_id)
         books = self.state.books()
-        result = books.open_hold(request)
+        pack = self.state.packs.get(request.pack_id or "")
+        if request.pack_id is not None and (pack is None or self._is_over(pack)):
+            result = HoldResult(HoldStatus.EXCEEDS_BALANCE, None, 0)
+        else:
+            result = books.open_hold(request, self._allowance(request))
         self.state.keep(books)
-        return result
+        return self._explained(connection, request, result)
 
-    def end_hold(self, connection: Connection, producer: str, epoch: int, hold_id: str) -> None:
-        """Give back what is left of a shared hold. Doing it again changes nothing.
+    def resize_hold(
+        self, connection: Connection, change: HoldChange, producer: str, epoch: int
+    ) -> HoldResult:
+        """Let a hold grow or shrink, once per version.
 
         Raises Conflict if the producer is fenced, InvalidRequest if the hold is not its own.
         """
-        self._require_epoch(producer, epoch)
-        self.state.need_hold(connection, hold_id)
-        hold = self.state.holds.get(hold_id)
-        if hold is None or hold.request.producer != producer or not hold.request.shared:
-            raise InvalidRequest(f"{producer} has no shared hold {hold_id}")
+        hold = self._own_hold(connection, producer, epoch, change.hold_id)
+        self.state.need_accounts(connection, [hold.account_id])
+        books = self.state.books()
+        result = books.resize_hold(
+            *(change.hold_id, change.version, change.wanted_pico, change.minimum_pico),
+            self._allowance(hold.request),
+        )
+        self.state.keep(books)
+        return self._explained(connection, hold.request, result)
+
+    def end_hold(self, connection: Connection, producer: str, epoch: int, hold_id: str) -> None:
+        """Give back what is left of a hold. Doing it again changes nothing.
+
+        Raises Conflict if the producer is fenced, InvalidRequest if the hold is not its own.
+        """
+        hold = self._own_hold(connection, producer, epoch, hold_id)
         if hold.state is not HoldState.PENDING:
             return
         books = self.state.books()
@@ -158,19 +189,188 @@ class LedgerStore:
         """How many holds have not ended."""
         return len(self.open_holds(connection))
 
+    def _own_hold(self, connection: Connection, producer: str, epoch: int, hold_id: str) -> Hold:
+        self._require_epoch(producer, epoch)
+        self.state.need_hold(connection, hold_id)
+        hold = self.state.holds.get(hold_id)
+        if hold is None or hold.request.producer != producer:
+            raise InvalidRequest(f"{producer} has no hold {hold_id}")
+        return hold
+
+    def _allowance(self, request: HoldRequest) -> Allowance | None:
+        """What the budgets of key and tenant leave; None without any."""
+        bounds = []
+        for subject in (rules.tenant_account(request.tenant_id), request.api_key_id):
+            for budget in self.state.budgets.get(subject or "", ()):
+                held = sum(
+                    hold.left_pico
+                    for hold in self.state.holds.values()
+                    if hold.state is HoldState.PENDING
+                    and subject
+                    in (rules.tenant_account(hold.request.tenant_id), hold.request.api_key_id)
+                )
+                bounds.append((budget, held))
+        return budgets.allowance(bounds, self.state.spends, self._clock.now())
+
+    def set_budgets(
+        self, connection: Connection, subject: str, limits: dict[Period, int | None]
+    ) -> int:
+        """Set or remove limits. Charges from the returned lsn on are counted; see found_spent."""
+        now = self._clock.now()
+        for period, limit_pico in limits.items():
+            self.state.set_spend((subject, period), Spend(budgets.window(period, now)[0], 0))
+            if limit_pico is None:
+                registry.remove_budget(connection, subject, period)
+            else:
+                registry.set_budget(connection, Budget(subject, period, limit_pico))
+        kept = registry.all_budgets(connection).get(subject, ())
+        if kept:
+            self.state.budgets[subject] = kept
+        else:
+            self.state.budgets.pop(subject, None)
+        return self.state.counters.next_lsn
+
+    def found_spent(self, subject: str, period: Period, since: datetime, before_pico: int) -> None:
+        """Count what was spent in a period before its budget was set."""
+        spend = self.state.spends.get((subject, period))
+        if spend is not None and spend.since == since:
+            counted = Spend(since, spend.spent_pico + before_pico)
+            self.state.set_spend((subject, period), counted)
+
+    def budget_rows(self, subject: str) -> list[dict[str, Any]]:
+        """A subject's budgets, what was spent of them, and when they begin anew."""
+        now = self._clock.now()
+        rows = []
+        for budget in self.state.budgets.get(subject, ()):
+            spend = self.state.spends.get((subject, budget.period))
+            spent_pico = budgets.spent(spend, budget.period, now)
+            resets_at = budgets.window(budget.period, now)[1]
+            rows.append(
+                {
+                    "period": str(budget.period),
+                    "limit": pricing.format_money(budget.limit_pico),
+                    "spent": pricing.format_money(spent_pico),
+                    "resets_at": None if resets_at is None else resets_at.isoformat(),
+                }
+            )
+        return rows
+
+    # -- token packs -----------------------------------------------------------------------
+
+    def buy_tokens(
+        self, connection: Connection, pack: Pack, card: RateCard, made_by: str
+    ) -> tuple[Pack, bool]:
+        """Move the price of a pack from the tenant's balance to the pack, once per ``pack_id``.
+
+        Returns the pack and whether it is new. Raises Conflict, InsufficientBalance, NotFound.
+        """
+        known = registry.find_pack(connection, pack.pack_id)
+        if known is not None:
+            asked = (pack.tenant_id, pack.model, pack.tokens)
+            if (known.tenant_id, known.model, known.tokens) != asked:
+                raise Conflict(f"pack id {pack.pack_id} was used for another pack")
+            return known, False
+        amount_pico = pack.tokens * card.output_pico
+        tenant = self.account(connection, rules.tenant_account(pack.tenant_id))
+        if tenant is None:
+            raise NotFound(f"tenant {pack.tenant_id!r} does not exist", code="tenant_not_found")
+        if tenant.available_pico < amount_pico:
+            need, have = map(pricing.format_money, (amount_pico, tenant.available_pico))
+            raise InsufficientBalance(f"the pack costs {need} {pack.currency}, available is {have}")
+        account_id = rules.pack_account(pack.tenant_id, pack.pack_id)
+        self.open_accounts(connection, [rules.prepaid_account(account_id, pack.currency)])
+        self.add_rate_card(connection, card)
+        purchase = Transfer(
+            transfer_id=f"purchase-{pack.pack_id}",
+            kind=TransferKind.PURCHASE,
+            debit_account=tenant.account_id,
+            credit_account=account_id,
+            amount_pico=amount_pico,
+            currency=pack.currency,
+            reason=f"{pack.tokens} tokens of {pack.model}",
+            made_by=made_by,
+        )
+        self.transfer(connection, [purchase])
+        registry.add_pack(connection, pack)
+        self.state.packs[pack.pack_id] = pack
+        return pack, True
+
+    def expire_packs(self, connection: Connection) -> None:
+        """What is left of packs that are over, and that no hold draws on, is the market's."""
+        busy = {hold.request.pack_id for hold in self.open_holds(connection)}
+        for pack in [p for p in self.state.packs.values() if self._is_over(p)]:
+            account_id = rules.pack_account(pack.tenant_id, pack.pack_id)
+            account = self.account(connection, account_id)
+            if pack.pack_id in busy or account is None:
+                continue
+            if account.balance_pico:
+                leftover = Transfer(
+                    transfer_id=f"expire-{pack.pack_id}",
+                    kind=TransferKind.EXPIRE,
+                    debit_account=account_id,
+                    credit_account=rules.FEES,
+                    amount_pico=account.balance_pico,
+                    currency=pack.currency,
+                    reason=f"tokens of {pack.model} expired",
+                    made_by=LEDGER_PRODUCER,
+                )
+                self.transfer(connection, [leftover])
+            registry.close_pack(connection, pack.pack_id, self._clock.now())
+            del self.state.packs[pack.pack_id]
+
+    def packs_left(
+        self, connection: Connection, tenant_id: str, model: str | None = None
+    ) -> tuple[PackLeft, ...]:
+        """A tenant's packs, of one model or all, that can be drawn on; first to expire first."""
+        own = [
+            pack
+            for pack in self.state.packs.values()
+            if pack.tenant_id == tenant_id
+            and model in (None, pack.model)
+            and not self._is_over(pack)
+        ]
+        found = []
+        for pack in sorted(own, key=lambda pack: (pack.expires_at, pack.pack_id)):
+            account = self.account(connection, rules.pack_account(tenant_id, pack.pack_id))
+            if account is not None and account.balance_pico:
+                card = self.state.cards[pack.price_id]
+                found.append(PackLeft(pack, card, account.available_pico))
+        return tuple(found)
+
+    def _explained(
+        self, connection: Connection, request: HoldRequest, result: HoldResult
+    ) -> HoldResult:
+        """The answer to a gateway, with what else could pay: packs, and slices of others."""
+        if request.lane is Lane.LEASE:
+            return result
+        if self.state.packs:
+            packs = self.packs_left(connection, request.tenant_id, request.model)
+            result = replace(result, packs=packs)
+        if result.hold is None:
+            elsewhere_pico = sum(
+                hold.left_pico
+                for hold in self.open_holds(connection)
+                if hold.request.tenant_id == request.tenant_id
+                and hold.request.lane is not Lane.LEASE
+                and hold.request.producer != request.producer
+            )
+            result = replace(result, elsewhere_pico=elsewhere_pico)
+        return result
+
+    def _is_over(self, pack: Pack) -> bool:
+        return pack.expires_at <= self._clock.now()
+
     # -- producers and usage ---------------------------------------------------------------
 
     def register_producer(self, connection: Connection, producer: str) -> int:
         """A new epoch for a producer; whatever an older one left open is resolved.
 
-        The old epoch is fenced with it, so an unfinished response can only end here: charge 0.
-        What is left of shared holds returns.
+        The old epoch is fenced with it, so that what is left of its holds can return.
         """
         if producer == LEDGER_PRODUCER:
             raise InvalidRequest(f"producer name {producer} is the ledger's own")
         orphans = [h for h in self.open_holds(connection) if h.request.producer == producer]
-        self._expire_shared(connection, [h for h in orphans if h.request.shared])
-        self._recover(connection, [h for h in orphans if not h.request.shared])
+        self._expire(connection, orphans)
         epoch = self.mark(producer).epoch + 1
         self.state.set_producer(producer, ProducerMark(epoch, 0))
         return epoch
@@ -215,71 +415,87 @@ class LedgerStore:
         require_tokens(batch, self.state.cards)
         lease_totals = self._check_gpu_time(batch)
         sums = _charges(batch)
-        self.state.need_accounts(
-            connection,
-            {rules.tenant_account(tenant_id) for tenant_id, *_ in sums}
-            | {rules.provider_account(provider_id) for _, provider_id, *_ in sums},
-        )
+        corrects = batch["kind"][0].as_py() in _CORRECTIONS
+        if corrects:  # they give back to the balance, whatever paid
+            payers = [rules.tenant_account(tenant_id) for tenant_id, *_ in sums]
+        else:
+            payers = [
+                self._payer(connection, slice_id, tenant_id, arrived.producer)
+                for tenant_id, _, _, slice_id, _ in sums
+            ]
+        providers = {rules.provider_account(provider_id) for _, provider_id, *_ in sums}
+        self.state.need_accounts(connection, {*payers, *providers})
         books = self.state.books()
-        if batch["kind"][0].as_py() not in _CORRECTIONS:
-            self._use_holds(connection, books, arrived, sums)
+        if not corrects:
+            self._use_holds(books, batch, sums)
         lsn_lo = self.state.counters.next_lsn
         lsn_hi = lsn_lo + int(batch.num_rows) - 1
         owed: dict[tuple[str, str, str], int] = defaultdict(int)
-        for tenant_id, provider_id, currency, _, charge_pico in sums:
-            owed[tenant_id, provider_id, currency] += charge_pico
-        for (tenant_id, provider_id, currency), amount_pico in owed.items():
+        for payer, (_, provider_id, currency, _, charge_pico) in zip(payers, sums, strict=True):
+            owed[payer, provider_id, currency] += charge_pico
+        for parties, amount_pico in owed.items():
             if amount_pico:
-                parties = (tenant_id, provider_id, currency)
                 transfer = _charge(parties, amount_pico, (lsn_lo, lsn_hi))
                 status = books.transfer(transfer)
                 if status is not rules.TransferStatus.CREATED:
                     raise InvalidRequest(f"{transfer.transfer_id} refused: {status}")
         # The charge must fall on the date of the rows it pays for, also around midnight.
-        self._enter(connection, self._book_time(), arrived, books.new_transfers)
+        booked_at = self._book_time()
+        self._enter(connection, booked_at, arrived, books.new_transfers)
         self.state.keep(books)
+        if self.state.budgets and not corrects:
+            self._count_spends(batch, booked_at)
         for key, gpu_us in lease_totals.items():
             self.state.set_lease(key, gpu_us)
         return lsn_lo, lsn_hi
 
+    def _payer(
+        self, connection: Connection, slice_id: str | None, tenant_id: str, producer: str
+    ) -> str:
+        """The account that pays for rows which name a hold, or none."""
+        if slice_id is None:
+            return rules.tenant_account(tenant_id)
+        self.state.need_hold(connection, slice_id)
+        hold = self.state.holds.get(slice_id)
+        if hold is None:
+            raise InvalidRequest(f"hold {slice_id} is unknown")
+        senders = (hold.request.producer, LEDGER_PRODUCER)
+        if hold.request.tenant_id != tenant_id or producer not in senders:
+            raise InvalidRequest(f"hold {slice_id} is not for records of {tenant_id} by {producer}")
+        return hold.account_id
+
     def _use_holds(
         self,
-        connection: Connection,
         books: Books,
-        arrived: journal.Arrived,
+        batch: pa.RecordBatch,
         sums: Sequence[tuple[str, str, str, str | None, int]],
     ) -> None:
-        """Draw on shared holds, and end those that belong to a single request."""
-        ended: list[Hold] = []
+        """Draw on holds. What names none must charge nothing; a pack pays only its own price."""
         for tenant_id, _, _, slice_id, charge_pico in sums:
             if slice_id is not None:
-                self._require_own_hold(connection, slice_id, tenant_id, arrived.producer, True)
-                books.draw_hold(slice_id, charge_pico)
-        if arrived.batch["slice_id"].null_count:
-            for row in _own_hold_rows(arrived.batch):
-                hold_id, charge_pico = row["request_id"], pricing.to_pico(row["charge"])
-                self._require_own_hold(
-                    connection, hold_id, row["tenant_id"], arrived.producer, False
-                )
-                if row["usage_quality"] == UsageQuality.RECOVERED:
-                    ended.append(books.expire_hold(hold_id))
-                elif charge_pico == 0:
-                    ended.append(books.void_hold(hold_id))
-                else:
-                    ended.append(books.post_hold(hold_id, charge_pico))
-        self._release(books, ended)
+                hold = books.draw_hold(slice_id, charge_pico)
+                if hold.request.pack_id is not None:
+                    pack = self.state.packs[hold.request.pack_id]
+                    drawn = batch.filter(pc.equal(batch["slice_id"], slice_id))
+                    if set(drawn["price_id"].unique().to_pylist()) - {pack.price_id, _FREE}:
+                        raise InvalidRequest(f"pack {pack.pack_id} is for {pack.price_id} only")
+            elif charge_pico:
+                raise InvalidRequest(f"records of {tenant_id} charge, but name no hold")
 
-    def _require_own_hold(
-        self, connection: Connection, hold_id: str, tenant_id: str, producer: str, shared: bool
-    ) -> None:
-        self.state.need_hold(connection, hold_id)
-        hold = self.state.holds.get(hold_id)
-        if hold is None:
-            raise InvalidRequest(f"hold {hold_id} is unknown")
-        owner = (hold.request.tenant_id, hold.request.shared)
-        senders = (hold.request.producer, LEDGER_PRODUCER)
-        if owner != (tenant_id, shared) or producer not in senders:
-            raise InvalidRequest(f"hold {hold_id} is not for records of {tenant_id} by {producer}")
+    def _count_spends(self, batch: pa.RecordBatch, now: datetime) -> None:
+        """Add a batch's charges to the budgets of their keys and tenants."""
+        for column, subject_of in (("api_key_id", str), ("tenant_id", rules.tenant_account)):
+            for name in batch[column].unique().to_pylist():
+                bounds = () if name is None else self.state.budgets.get(subject_of(name), ())
+                if not bounds:
+                    continue
+                own = batch.filter(pc.equal(batch[column], name))
+                amount_pico = money_sum(own["charge"])
+                for budget in bounds:
+                    key = (budget.subject, budget.period)
+                    before = self.state.spends.get(key)
+                    spend = budgets.add(before, budget.period, now, amount_pico)
+                    self.state.set_spend(key, spend)
 
     def _release(self, books: Books, ended: Sequence[Hold]) -> None:
         """Put on record what returned to each tenant from holds that ended."""
@@ -310,12 +526,10 @@ class LedgerStore:
         for row in batch.filter(gpu_rows).select(_GPU_COLUMNS).to_pylist():
             key = (row["lease_id"], row["price_id"])
             card = self.state.cards.get(row["price_id"])
-            # What charges nothing needs no hold: so stands for a segment that was refused.
-            unpaid = row["charge"] and row["slice_id"] is None
-            if None in (row["lease_id"], row["gpu_us"]) or unpaid or card is None:
+            if None in (row["lease_id"], row["gpu_us"]) or card is None:
                 raise InvalidRequest(
-                    f"GPU time of lease {row['lease_id']} needs lease_id, slice_id, gpu_us and a "
-                    f"known price, has {row['price_id']}"
+                    f"GPU time of lease {row['lease_id']} needs lease_id, gpu_us and a known "
+                    f"price, has {row['price_id']}"
                 )
             before = totals.get(key, self.state.leases.get(key, 0))
             expected = pricing.gpu_charge(before, row["gpu_us"], card.gpu_hour_pico)
@@ -327,7 +541,7 @@ class LedgerStore:
             totals[key] = before + row["gpu_us"]
         return totals
 
-    def _expire_shared(self, connection: Connection, orphans: Sequence[Hold]) -> None:
+    def _expire(self, connection: Connection, orphans: Sequence[Hold]) -> None:
         if not orphans:
             return
         self.state.need_accounts(connection, [hold.account_id for hold in orphans])
@@ -335,25 +549,6 @@ class LedgerStore:
         self._release(books, [books.expire_hold(h.request.hold_id) for h in orphans])
         self._enter(connection, self._book_time(), None, books.new_transfers)
         self.state.keep(books)
-
-    def _recover(self, connection: Connection, orphans: Sequence[Hold]) -> None:
-        if not orphans:
-            return
-        now = self._book_time()
-        self.book_own(
-            connection,
-            [
-                UsageRecord.for_hold(
-                    hold.request,
-                    counts=TokenCounts(0, 0, 0),
-                    finished_at=now,
-                    charge_pico=0,
-                    finish_reason=FinishReason.MARKET_FAULT,
-                    usage_quality=UsageQuality.RECOVERED,
-                )
-                for hold in orphans
-            ],
-        )
 
     def book_own(self, connection: Connection, records: Sequence[UsageRecord]) -> tuple[int, int]:
         """Book records that the ledger itself makes; returns (first, last) lsn."""
@@ -406,8 +601,8 @@ class LedgerStore:
 
 _CORRECTIONS = (RecordKind.REVERSAL, RecordKind.ADJUSTMENT)
 _CHARGED = ("tenant_id", "provider_id", "currency", "slice_id")
-_GPU_COLUMNS = ["lease_id", "slice_id", "price_id", "gpu_us", "charge"]
-_OWN_COLUMNS = ["request_id", "tenant_id", "charge", "usage_quality"]
+_GPU_COLUMNS = ["lease_id", "price_id", "gpu_us", "charge"]
+_FREE = pricing.NO_PRICE.price_id
 
 
 def _charges(batch: pa.RecordBatch) -> list[tuple[str, str, str, str | None, int]]:
@@ -432,26 +627,18 @@ def _charges(batch: pa.RecordBatch) -> list[tuple[str, str, str, str | None, int
     return list(zip(*chosen, sums, strict=True))
 
 
-def _own_hold_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """Rows that end the hold of their own request."""
-    own = pc.and_(pc.is_null(batch["slice_id"]), pc.equal(batch["kind"], RecordKind.TOKENS))
-    own = pc.and_(own, pc.is_valid(batch["request_id"]))
-    rows: list[dict[str, Any]] = batch.filter(own).select(_OWN_COLUMNS).to_pylist()
-    return rows
-
-
 def _charge(
     parties: tuple[str, str, str], amount_pico: int, lsn_range: tuple[int, int]
 ) -> Transfer:
-    """What a batch moves between a tenant and a provider; a correction moves it back."""
-    tenant_id, provider_id, currency = parties
-    tenant, provider = rules.tenant_account(tenant_id), rules.provider_account(provider_id)
+    """What a batch moves between a tenant's account and a provider; a correction moves it back."""
+    payer, provider_id, currency = parties
+    provider = rules.provider_account(provider_id)
     charged = amount_pico > 0
     return Transfer(
-        transfer_id=f"charge-{lsn_range[0]}-{tenant_id}-{provider_id}",
+        transfer_id=f"charge-{lsn_range[0]}-{payer.partition(':')[2]}-{provider_id}",
         kind=TransferKind.CHARGE if charged else TransferKind.REFUND,
-        debit_account=tenant if charged else provider,
-        credit_account=provider if charged else tenant,
+        debit_account=payer if charged else provider,
+        credit_account=provider if charged else payer,
         amount_pico=abs(amount_pico),
         currency=currency,
         reason="usage" if charged else "correction",

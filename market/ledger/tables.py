@@ -53,6 +53,7 @@ holds = Table(
     Column("amount_pico", Pico, nullable=False),
     Column("state", String, nullable=False),
     Column("posted_pico", Pico, nullable=False),
+    Column("version", BigInteger, nullable=False, server_default="0"),
     Column("changed_at", Moment, nullable=False),
     Index("holds_by_state", "state", "changed_at"),
 )
@@ -181,6 +182,7 @@ tenants = Table(
     metadata,
     Column("tenant_id", String, primary_key=True),
     Column("created_at", Moment, nullable=False),
+    Column("weight", Integer, nullable=False, server_default="1"),
 )
 
 providers = Table(
@@ -199,6 +201,45 @@ api_keys = Table(
     Column("subject_id", String, nullable=False),
     Column("created_at", Moment, nullable=False),
     Column("revoked_at", Moment),
+    Column("policy", Text, nullable=False, server_default="{}"),
+    # After a rotation the old secret works on until then.
+    Column("previous_hash", String, unique=True),
+    Column("previous_until", Moment),
+)
+
+# The most that a key or a tenant may spend in a period.
+budgets = Table(
+    "budgets",
+    metadata,
+    Column("subject", String, primary_key=True),
+    Column("period", String, primary_key=True),
+    Column("limit_pico", Pico, nullable=False),
+)
+
+# What was spent of a budget in the period that began at ``since``.
+spends = Table(
+    "spends",
+    metadata,
+    Column("subject", String, primary_key=True),
+    Column("period", String, primary_key=True),
+    Column("since", Moment, nullable=False),
+    Column("spent_pico", Pico, nullable=False),
+)
+
+# Tokens of a model bought ahead. The money is on the account of the pack.
+packs = Table(
+    "packs",
+    metadata,
+    Column("pack_id", String, primary_key=True),
+    Column("tenant_id", String, nullable=False),
+    Column("model", String, nullable=False),
+    Column("price_id", String, nullable=False),
+    Column("tokens", BigInteger, nullable=False),
+    Column("currency", String, nullable=False),
+    Column("bought_at", Moment, nullable=False),
+    Column("expires_at", Moment, nullable=False),
+    Column("closed_at", Moment),
+    Index("packs_by_tenant", "tenant_id"),
 )
 
 rate_cards = Table(

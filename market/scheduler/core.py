@@ -21,6 +21,7 @@ from market.scheduler.store import State, Store
 from market.types import (
     ClusterView,
     Deployment,
+    HoldChange,
     HoldRequest,
     Lease,
     LeaseState,
@@ -83,6 +84,10 @@ class LedgerPort(Protocol):
 
     async def open_hold(self, request: HoldRequest) -> HoldResult:
         """Set money aside."""
+        ...
+
+    async def resize_hold(self, producer: str, epoch: int, change: HoldChange) -> HoldResult:
+        """Let a hold grow or shrink."""
         ...
 
     async def end_hold(self, producer: str, epoch: int, hold_id: str) -> None:

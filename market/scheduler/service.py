@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from market import catalog, leases
+from market.accounts import HoldResult
 from market.config import Config
 from market.errors import Conflict, InvalidRequest, NotFound, PermissionDenied
 from market.leases import Event
@@ -20,6 +21,7 @@ from market.scheduler.keeper import Keeper
 from market.scheduler.nodes import Nodes, Proof
 from market.scheduler.orders import Orders, Quote
 from market.scheduler.pools import Pools
+from market.scheduler.shares import GatewayOrders, GatewayReport, Shares
 from market.scheduler.store import Store
 from market.types import (
     Deployment,
@@ -37,6 +39,7 @@ from market.types import (
     ReplicaState,
     Route,
     RouteTable,
+    SliceAsk,
 )
 
 logger = logging.getLogger(__name__)
@@ -69,6 +72,7 @@ class Scheduler:
         self._nodes = Nodes(self._core)
         self._orders = Orders(self._core)
         self._pools = Pools(self._core)
+        self._shares = Shares(clock, ledger)
         self._keeper = Keeper(self._core, self._nodes, self._orders, self._pools, send)
         self._task: asyncio.Task[None] | None = None
         self._closed = False
@@ -255,6 +259,14 @@ class Scheduler:
                 starting.append(NotReady(deployment.model, deployment.tenant_id, reason))
         return RouteTable(tuple(ready), tuple(starting))
 
+    async def grant(self, ask: SliceAsk) -> HoldResult:
+        """Open or grow a gateway's token slice. See Shares.grant."""
+        return await self._shares.grant(ask)
+
+    async def sync(self, report: GatewayReport) -> GatewayOrders:
+        """What a gateway says of itself, and what it must know."""
+        return self._shares.sync(report, await self.routes())
+
     async def status(self) -> dict[str, int]:
         """For people and tests."""
         state = self._core.state
@@ -280,6 +292,8 @@ class Scheduler:
             gpu_milli=replica.place.gpu_milli * len(replica.place.gpu_indices),
             tenant_id=deployment.tenant_id,
             lease_id=deployment.lease_id,
+            embeds=model.embeds,
+            reasoning_parser=model.reasoning_parser,
         )
 
 

@@ -6,19 +6,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
+from market.cluster.engines import engine_paths
 from market.types import EngineChunk, EngineRequest, FinishReason, TokenCounts
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """How to load a model. ``gpu_fraction`` is the share of each card's memory, 0 without a GPU."""
+    """How to load a model. ``gpu_fraction`` is the share of each card's memory, 0 without a GPU.
+
+    Parsers are those of vLLM, by name.
+    """
 
     folder: Path
     max_context_tokens: int
     gpu_fraction: float
     kv_cache_mib: int = 1024
-    sequences_max: int = 64
+    sequences_max: int = 128
     tensor_parallel: int = 1
+    tool_parser: str = ""
+    reasoning_parser: str = ""
 
 
 class LoadedEngine(Protocol):
@@ -37,15 +43,9 @@ class LoadedEngine(Protocol):
         ...
 
 
-ENGINES = {
-    "transformers": "serve_apps.engines.transformers:start",
-    "vllm": "serve_apps.engines.vllm:start",
-}
-
-
 async def start_engine(name: str, settings: EngineSettings) -> LoadedEngine:
     """Import and load the engine called ``name``; only its own heavy packages are imported."""
-    module, _, function = ENGINES[name].partition(":")
+    module, _, function = engine_paths()[name].partition(":")
     start = getattr(importlib.import_module(module), function)
     return cast(LoadedEngine, await start(settings))
 

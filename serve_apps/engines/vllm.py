@@ -1,15 +1,30 @@
-"""vLLM's AsyncLLM as an engine: its CPU build here, CUDA where there is a GPU."""
+"""vLLM's AsyncLLM as an engine: its CPU build here, CUDA where there is a GPU.
+
+Where a chat request needs its answer parsed (tools, reasoning), vLLM's own parsers do that, here
+where vLLM is imported; gateways run without it.
+"""
 
 import contextlib
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 from market.errors import EngineFailed, InvalidRequest
-from market.types import EngineChunk, EngineRequest, Sampling
-from serve_apps.engines.base import EngineSettings, chunk
+from market.types import (
+    EngineChunk,
+    EngineRequest,
+    FinishReason,
+    Grammar,
+    GrammarKind,
+    Position,
+    Sampling,
+    TokenCounts,
+    TokenLogprob,
+)
+from serve_apps.engines.base import EngineSettings
 
 MIB_PER_GIB = 1024
+LOGPROB_MIN = -9999.0
 
 
 async def start(settings: EngineSettings) -> "VllmEngine":
@@ -35,10 +50,11 @@ async def start(settings: EngineSettings) -> "VllmEngine":
         enable_prefix_caching=True,
         trust_remote_code=False,
         disable_log_stats=True,
+        reasoning_parser=settings.reasoning_parser,
         **placed,
     )
     try:
-        return VllmEngine(AsyncLLM.from_engine_args(arguments))
+        return VllmEngine(AsyncLLM.from_engine_args(arguments), settings)
     except (RuntimeError, ValueError, OSError) as error:
         raise EngineFailed(f"vLLM did not start: {error}") from error
 
@@ -46,8 +62,16 @@ async def start(settings: EngineSettings) -> "VllmEngine":
 class VllmEngine:
     """Thin: parameters in, chunks out. vLLM coalesces chunks while the reader is slow."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, settings: EngineSettings) -> None:
+        from vllm.parser import ParserManager
+
         self._engine = engine
+        self._parsers = ParserManager.get_parser(
+            tool_parser_name=settings.tool_parser or None,
+            reasoning_parser_name=settings.reasoning_parser or None,
+            enable_auto_tools=bool(settings.tool_parser),
+            model_name=str(settings.folder),
+        )
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
         """Stream an answer; closing the iterator aborts it in vLLM."""
@@ -58,27 +82,45 @@ class VllmEngine:
         prompt = TokensPrompt(
             prompt_token_ids=list(request.prompt_token_ids), cache_salt=request.cache_salt
         )
-        produced = 0
+        produced, input_tokens = 0, len(request.prompt_token_ids)
+        sampling = request.sampling
         try:
-            parameters = to_vllm(request.sampling)
-            outputs = self._engine.generate(prompt, parameters, request_id=request.request_id)
+            chat = None if request.chat is None else self._chat(request)
+            parameters = to_vllm(sampling, request.grammar, chat)
+            more = {} if chat is None else chat.engine_arguments()
+            outputs = self._engine.generate(
+                prompt, parameters, request_id=request.request_id, **more
+            )
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
                     answer = output.outputs[0]
                     produced += len(answer.token_ids)
-                    counts = (
-                        len(request.prompt_token_ids),
-                        output.num_cached_tokens or 0,
-                        produced,
-                    )
                     reason = answer.finish_reason
                     if reason not in (None, "stop", "length"):
                         raise EngineFailed(f"vLLM gave the request up: {reason}")
-                    yield chunk(answer.text, tuple(answer.token_ids), counts, reason)
+                    finish = None if reason is None else FinishReason(reason)
+                    deltas = None
+                    if chat is not None:
+                        deltas, finish = chat.parse(answer, finish)
+                    yield EngineChunk(
+                        text=answer.text,
+                        token_ids=tuple(answer.token_ids),
+                        counts=TokenCounts(input_tokens, output.num_cached_tokens or 0, produced),
+                        finish_reason=finish,
+                        logprobs=_positions(answer.token_ids, answer.logprobs, sampling.logprobs),
+                        deltas=deltas,
+                        prompt_logprobs=_prompt_positions(request, output),
+                        stop_reason=answer.stop_reason,
+                    )
         except (EngineDeadError, EngineGenerateError) as error:
             raise EngineFailed(f"vLLM failed: {error}") from error
         except (ValueError, VLLMClientError) as error:
             raise InvalidRequest(f"vLLM refused the request: {error}") from error
+
+    def _chat(self, request: EngineRequest) -> "ParsedChat":
+        if self._parsers is None:
+            raise InvalidRequest("this model has no parser for tools or reasoning", param="tools")
+        return ParsedChat(self._parsers, self._engine, request)
 
     async def check_health(self) -> None:
         """Raises EngineFailed if vLLM's engine process is gone."""
@@ -90,11 +132,65 @@ class VllmEngine:
         self._engine.shutdown()
 
 
-def to_vllm(sampling: Sampling) -> Any:
+class ParsedChat:
+    """One answer on its way through vLLM's parsers for tool calls and reasoning."""
+
+    def __init__(self, parsers: Any, engine: Any, request: EngineRequest) -> None:
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+        asked = ChatCompletionRequest.model_validate_json(request.chat or b"{}")
+        self._template = asked.chat_template_kwargs or {}
+        self._prompt = list(request.prompt_token_ids)
+        self._parser = parsers(
+            engine.tokenizer,
+            asked.tools,
+            chat_template_kwargs=self._template,
+            model_config=engine.model_config,
+        )
+        self.request = self._parser.adjust_request(asked)
+        self._is_named = not isinstance(self.request.tool_choice, str | None)
+        self._called = False
+
+    def engine_arguments(self) -> dict[str, Any]:
+        """What the engine must know of reasoning, so that it constrains only what follows it."""
+        if self._parser.reasoning_parser is None:
+            return {}
+        return {
+            "reasoning_ended": self.request.resolve_reasoning_ended(self._parser, self._prompt),
+            "reasoning_parser_kwargs": {"chat_template_kwargs": self._template},
+        }
+
+    def parse(
+        self, answer: Any, finish: FinishReason | None
+    ) -> tuple[tuple[bytes, ...], FinishReason | None]:
+        """Pieces of the message that this output adds, and how the answer ends, if it does."""
+        delta = self._parser.parse_delta(
+            delta_text=answer.text,
+            delta_token_ids=list(answer.token_ids),
+            request=self.request,
+            prompt_token_ids=self._prompt,
+            finished=finish is not None,
+        )
+        if delta is not None and delta.tool_calls:
+            self._called = True
+        # OpenAI says "stop" where the request named the function.
+        if self._called and not self._is_named and finish is FinishReason.STOP:
+            finish = FinishReason.TOOL_CALLS
+        if delta is None:
+            return (), finish
+        return (delta.model_dump_json(exclude_unset=True, exclude_none=True).encode(),), finish
+
+
+def to_vllm(sampling: Sampling, grammar: Grammar | None = None, chat: Any = None) -> Any:
     """Our sampling parameters as vLLM's, streaming deltas."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
+    structured = None if grammar is None else _structured(grammar)
+    skip_special_tokens = sampling.skip_special_tokens
+    if chat is not None:  # parsers want to see markers, and may constrain the answer
+        structured = chat.request.extract_structured_outputs() or structured
+        skip_special_tokens = chat.request.skip_special_tokens
     return SamplingParams(
         max_tokens=sampling.max_tokens,
         min_tokens=sampling.min_tokens,
@@ -107,7 +203,62 @@ def to_vllm(sampling: Sampling) -> Any:
         repetition_penalty=sampling.repetition_penalty,
         seed=sampling.seed,
         stop=list(sampling.stop),
+        stop_token_ids=list(sampling.stop_token_ids),
+        include_stop_str_in_output=sampling.include_stop,
+        skip_special_tokens=skip_special_tokens,
         logit_bias=dict(sampling.logit_bias) or None,
         ignore_eos=sampling.ignore_eos,
+        logprobs=sampling.logprobs,
+        prompt_logprobs=sampling.prompt_logprobs,
+        structured_outputs=structured,
         output_kind=RequestOutputKind.DELTA,
     )
+
+
+def _structured(grammar: Grammar) -> Any:
+    import json
+
+    from vllm.sampling_params import StructuredOutputsParams
+
+    match grammar.kind:
+        case GrammarKind.JSON_OBJECT:
+            return StructuredOutputsParams(json_object=True)
+        case GrammarKind.JSON_SCHEMA:
+            return StructuredOutputsParams(json=json.loads(grammar.text))
+        case GrammarKind.REGEX:
+            return StructuredOutputsParams(regex=grammar.text)
+        case GrammarKind.CHOICE:
+            return StructuredOutputsParams(choice=json.loads(grammar.text))
+        case GrammarKind.GRAMMAR:
+            return StructuredOutputsParams(grammar=grammar.text)
+
+
+def _positions(
+    token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Any]] | None, count: int | None
+) -> tuple[Position, ...] | None:
+    if count is None or logprobs is None:
+        return None
+    return tuple(
+        _position(token_id, step, count) for token_id, step in zip(token_ids, logprobs, strict=True)
+    )
+
+
+def _prompt_positions(request: EngineRequest, output: Any) -> tuple[Position | None, ...] | None:
+    count = request.sampling.prompt_logprobs
+    if count is None or not output.prompt_logprobs:
+        return None
+    return tuple(
+        None if step is None else _position(token_id, step, count)
+        for token_id, step in zip(request.prompt_token_ids, output.prompt_logprobs, strict=True)
+    )
+
+
+def _position(token_id: int, step: Mapping[int, Any], count: int) -> Position:
+    ranked = sorted(step.items(), key=lambda item: item[1].rank)
+    top = tuple(_logprob(other, value) for other, value in ranked if value.rank <= count)
+    return Position(_logprob(token_id, step[token_id]), top)
+
+
+def _logprob(token_id: int, value: Any) -> TokenLogprob:
+    # JSON knows no infinity.
+    return TokenLogprob(token_id, value.decoded_token or "", max(value.logprob, LOGPROB_MIN))

@@ -14,8 +14,8 @@ from market.fakes import FakeClock, MemoryLedger
 from market.ledger.schema import encode_batch
 from market.ledger.service import Ledger
 from market.pricing import charge
-from market.types import FinishReason, TokenCounts, UsageRecord
-from tests.samples import CARD, NOON, deposit, hold_request
+from market.types import FinishReason, HoldChange, Lane, TokenCounts
+from tests.samples import CARD, deposit, hold_request, token_record
 
 COUNTS = TokenCounts(100, 40, 10)
 CHARGE = charge(COUNTS, CARD, FinishReason.STOP, hold_request().lane)
@@ -29,13 +29,14 @@ class SqlLedger(Ledger):
         return await self.append(producer, epoch, first_seq, encode_batch(records))
 
 
-def record(request, reason=FinishReason.STOP, counts=COUNTS):
-    return UsageRecord.for_hold(
+def record(request, reason=FinishReason.STOP, counts=COUNTS, **changes):
+    """A record that draws on a hold; its request has the hold's name unless told otherwise."""
+    return token_record(
         request,
         counts=counts,
-        finished_at=NOON,
         charge_pico=charge(counts, CARD, reason, request.lane),
         finish_reason=reason,
+        **changes,
     )
 
 
@@ -59,7 +60,7 @@ async def ledger(request, tmp_path) -> AsyncIterator[MemoryLedger | SqlLedger]:
         yield ledger
 
 
-async def held(ledger, hold_id="req-gw0-1", epoch=1):
+async def held(ledger, hold_id="slice-1", epoch=1):
     request = hold_request(hold_id, epoch=epoch, **WANTED)
     await ledger.open_hold(request)
     return request
@@ -126,15 +127,28 @@ class TestHolds:
 
 
 class TestAppend:
-    async def test_ends_the_hold_and_moves_the_charge(self, ledger):
+    async def test_draws_on_the_hold_and_moves_the_charge(self, ledger):
         await ledger.register_producer("gw0")
         request = await held(ledger)
         assert await ledger.append_records("gw0", 1, 0, [record(request)]) == 1
         accounts = await balances(ledger)
         tenant = accounts[tenant_account("acme")]
-        assert (tenant.balance_pico, tenant.held_pico) == (10 * 10**12 - CHARGE, 0)
+        assert (tenant.balance_pico, tenant.held_pico) == (10 * 10**12 - CHARGE, CHARGE)
         assert accounts[provider_account("local")].balance_pico == CHARGE
-        assert await ledger.open_holds() == []
+        (hold,) = await ledger.open_holds()
+        assert (hold.amount_pico, hold.posted_pico) == (2 * CHARGE, CHARGE)
+
+    async def test_charge_without_a_hold_is_refused(self, ledger):
+        await ledger.register_producer("gw0")
+        unpaid = record(await held(ledger), slice_id=None)
+        with pytest.raises(InvalidRequest):
+            await ledger.append_records("gw0", 1, 0, [unpaid])
+
+    async def test_tokens_on_a_lease_need_no_hold(self, ledger):
+        await ledger.register_producer("gw0")
+        free = record(hold_request(lane=Lane.LEASE), slice_id=None, lease_id="lease-1")
+        assert await ledger.append_records("gw0", 1, 0, [free]) == 1
+        assert (await ledger.balance("acme")).balance_pico == 10 * 10**12
 
     async def test_same_batch_again_is_acknowledged_and_changes_nothing(self, ledger):
         await ledger.register_producer("gw0")
@@ -174,35 +188,24 @@ class TestAppend:
             await ledger.append_records("gw0", 1, 0, [wrong])
         assert (await ledger.balance("acme")).balance_pico == 10 * 10**12
 
-    async def test_hold_pays_only_once(self, ledger):
-        await ledger.register_producer("gw0")
-        request = await held(ledger)
-        await ledger.append_records("gw0", 1, 0, [record(request)])
-        with pytest.raises(MarketError):
-            await ledger.append_records("gw0", 1, 1, [record(request)])
-        assert (await ledger.balance("acme")).balance_pico == 10 * 10**12 - CHARGE
-
     async def test_faults_are_recorded_and_free(self, ledger):
         await ledger.register_producer("gw0")
         free = record(await held(ledger), FinishReason.PROVIDER_ERROR)
         await ledger.append_records("gw0", 1, 0, [free])
         account = await ledger.balance("acme")
-        assert (account.balance_pico, account.held_pico) == (10 * 10**12, 0)
+        assert (account.balance_pico, account.held_pico) == (10 * 10**12, 2 * CHARGE)
 
 
-class TestSharedHolds:
+class TestSlices:
     """Token slices and a lease's hours: many records draw on one hold."""
 
     async def slice(self, ledger, amount=10 * CHARGE, epoch=1):
-        request = hold_request(
-            "slice-1", epoch=epoch, wanted_pico=amount, minimum_pico=amount, shared=True
-        )
+        request = hold_request("slice-1", epoch=epoch, wanted_pico=amount, minimum_pico=amount)
         await ledger.open_hold(request)
         return request
 
     def drawn(self, request, number):
-        name = f"req-gw0-{number}"
-        return msgspec.structs.replace(record(request), request_id=name, slice_id="slice-1")
+        return record(request, request_id=f"req-gw0-{number}")
 
     async def test_each_record_takes_its_part_and_the_rest_stays_held(self, ledger):
         await ledger.register_producer("gw0")
@@ -248,6 +251,57 @@ class TestSharedHolds:
         await ledger.register_producer("gw0")
         with pytest.raises(InvalidRequest):
             await ledger.end_hold("gw0", 1, "slice-9")
+
+    async def change(self, ledger, version, wanted, minimum=0, epoch=1):
+        change = HoldChange("slice-1", version, wanted, minimum)
+        return await ledger.resize_hold("gw0", epoch, change)
+
+    async def held(self, ledger):
+        return (await ledger.balance("acme")).held_pico
+
+    async def test_grows_and_shrinks_once_per_version(self, ledger):
+        await ledger.register_producer("gw0")
+        await self.slice(ledger, 2 * CHARGE)
+        result = await self.change(ledger, 1, 5 * CHARGE)
+        assert (result.status, result.hold.amount_pico) == (HoldStatus.GRANTED, 5 * CHARGE)
+        await self.change(ledger, 3, 3 * CHARGE)
+        late = await self.change(ledger, 2, 9 * CHARGE)
+        assert (late.status, late.hold.amount_pico) == (HoldStatus.EXISTS, 3 * CHARGE)
+        assert await self.held(ledger) == 3 * CHARGE
+
+    async def test_never_shrinks_below_what_was_drawn(self, ledger):
+        await ledger.register_producer("gw0")
+        request = await self.slice(ledger, 5 * CHARGE)
+        await ledger.append_records("gw0", 1, 0, [self.drawn(request, n) for n in range(3)])
+        result = await self.change(ledger, 1, CHARGE)
+        assert result.hold.amount_pico == 3 * CHARGE
+        assert await self.held(ledger) == 0
+
+    async def test_grows_as_far_as_the_money_goes_or_not_at_all(self, ledger):
+        await ledger.register_producer("gw0")
+        await self.slice(ledger, 10**12)
+        part = await self.change(ledger, 1, 20 * 10**12, 5 * 10**12)
+        assert part.hold.amount_pico == 10 * 10**12
+        none = await self.change(ledger, 2, 20 * 10**12, 11 * 10**12)
+        assert (none.status, none.hold) == (HoldStatus.EXCEEDS_UNTIL_OTHERS_END, None)
+        assert await self.held(ledger) == 10 * 10**12
+
+    async def test_that_has_ended_cannot_grow(self, ledger):
+        await ledger.register_producer("gw0")
+        await self.slice(ledger)
+        await ledger.end_hold("gw0", 1, "slice-1")
+        with pytest.raises(MarketError):
+            await self.change(ledger, 1, CHARGE)
+
+    async def test_of_a_fenced_or_other_producer_cannot_grow(self, ledger):
+        await ledger.register_producer("gw0")
+        await ledger.register_producer("gw1")
+        await self.slice(ledger)
+        with pytest.raises(InvalidRequest):
+            await ledger.resize_hold("gw1", 1, HoldChange("slice-1", 1, 1, 0))
+        await ledger.register_producer("gw0")
+        with pytest.raises(Conflict):
+            await self.change(ledger, 1, CHARGE)
 
 
 class TestFencing:

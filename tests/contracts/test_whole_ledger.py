@@ -11,7 +11,7 @@ from market.ledger.schema import encode_batch
 from market.ledger.service import Ledger
 from market.ledger.statement import Party
 from market.pricing import to_decimal
-from tests.contracts.test_ledger import CHARGE, WANTED, record
+from tests.contracts.test_ledger import CHARGE, record
 from tests.samples import CARD, deposit, hold_request
 
 DAY = 86_400
@@ -36,13 +36,16 @@ async def opened(config, clock):
 
 
 async def serve(ledger, epoch, first_seq, count):
-    requests = [
-        hold_request(f"req-{epoch}-{first_seq + n}", epoch=epoch, **WANTED) for n in range(count)
-    ]
-    for request in requests:
-        await ledger.open_hold(request)
-    payload = encode_batch([record(request) for request in requests])
-    return await ledger.append("gw0", epoch, first_seq, payload)
+    amount = count * CHARGE
+    hold = hold_request(
+        f"slice-{epoch}-{first_seq}", epoch=epoch, wanted_pico=amount, minimum_pico=amount
+    )
+    await ledger.open_hold(hold)
+    names = [f"req-{epoch}-{first_seq + n}" for n in range(count)]
+    payload = encode_batch([record(hold, request_id=name) for name in names])
+    seq = await ledger.append("gw0", epoch, first_seq, payload)
+    await ledger.end_hold("gw0", epoch, hold.hold_id)
+    return seq
 
 
 async def test_books_files_log_and_settlement_agree_to_the_end(config):

@@ -16,7 +16,7 @@ from market.ledger import service
 from market.ledger.producer import Producer
 from market.pricing import charge
 from market.types import FinishReason, TokenCounts, UsageRecord
-from tests.samples import CARD, deposit, hold_request
+from tests.samples import CARD, deposit, hold_request, token_record
 
 COUNTS = TokenCounts(100, 0, 10)
 ROUNDS = 3
@@ -50,11 +50,13 @@ async def main(home: Path) -> None:
 
     async def serve() -> UsageRecord:
         epoch = producer.identity()[1]
-        request = hold_request(producer.next_request_id(), epoch=epoch, **wanted)
+        request_id = producer.next_request_id()
+        request = hold_request(f"slice-{request_id}", epoch=epoch, **wanted)
         result = await ledger.open_hold(request)
         assert result.hold is not None
-        return UsageRecord.for_hold(
+        return token_record(
             request,
+            request_id=request_id,
             counts=COUNTS,
             finished_at=datetime.now(UTC),
             charge_pico=each,
@@ -81,7 +83,9 @@ async def main(home: Path) -> None:
     assert sorted(usage["request_id"]) == sorted(r.request_id for r in accepted)
     account = await ledger.balance("acme")
     assert account.balance_pico == 10**13 - each * len(accepted)
-    assert account.held_pico == 0
+    for hold in await ledger.open_holds():
+        await ledger.end_hold("gw0", producer.epoch, hold.request.hold_id)
+    assert (await ledger.balance("acme")).held_pico == 0
     report = await ledger.verify()
     assert report["finding"] is None, report
     await ledger.close()

@@ -23,26 +23,26 @@ from decimal import Decimal
 from pathlib import Path
 
 import duckdb
+import msgspec
 import pandas as pd
 import polars as pl
 
 from market import crash, pricing
-from market.accounts import HoldStatus
 from market.config import Config, UsageSync
 from market.errors import MarketError, Overloaded
 from market.ledger import producer as producing
 from market.ledger.producer import Producer
 from market.ledger.service import Ledger
 from market.ledger.verify import verify
-from market.types import FinishReason, Lane, TokenCounts, UsageRecord
-from tests.samples import CARD, deposit, hold_request
+from market.types import FinishReason, HoldChange, Lane, TokenCounts, UsageQuality
+from tests.samples import CARD, deposit, hold_request, token_record
 
 LEDGER_POINTS = (
     *("before-commit", "committed", "staged", "prepared", "renamed", "synced", "published"),
     *("repaired", "repair-renamed", "compact-built", "compact-prepared", "compact-exchanged"),
     *("compact-committed", "compact-buried", "settle-lines", "settle-file", "settle-commit"),
 )
-PRODUCER_POINTS = ("spooled", "acknowledged", "swept")
+PRODUCER_POINTS = ("spooled", "acknowledged", "swept", "recovered")
 START = datetime(2026, 10, 30, 12, 0, tzinfo=UTC)
 DEADLINE_S = 60.0
 TENANTS = ("acme", "bolt", "coil")
@@ -86,7 +86,6 @@ class Case:
         self.set_clock(0)
         self.producers = [f"gw{n}" for n in range(self.rng.randint(1, 2))]
         self.records = self.rng.randint(20, 60)
-        self.shared = self.rng.random() < 0.5
         self.sync = self.rng.choice(list(UsageSync))
 
     def set_clock(self, seconds):
@@ -224,57 +223,100 @@ async def _produce(case: Case, name: str, life: int) -> None:
     wire = Wire(case, rng)
     producer = Producer(wire, name, case.config.spool_dir, case.sync)
     await patiently(producer.start)
-    slices: dict[str, object] = {}
+    slices: dict[str, Slice] = {}
     with (
+        (case.home / f"begun-{name}").open("a") as begun,
         (case.home / f"attempted-{name}").open("a") as attempted,
         (case.home / f"accepted-{name}").open("a") as accepted,
     ):
+        under_way = []
         for _ in range(case.records):
-            record = await _served(case, wire, producer, rng, slices)
-            if record is None:
+            record = await _served(wire, producer, rng, slices)
+            producer.begin(_unfinished(record))
+            os.write(begun.fileno(), f"{record.request_id} 0\n".encode())
+            under_way.append(record)
+            if rng.random() < 0.3:  # several are under way when the process dies
                 continue
+            rng.shuffle(under_way)
+            while under_way:
+                record = under_way.pop()
+                line = f"{record.request_id} {record.charge_pico}\n"
+                os.write(attempted.fileno(), line.encode())
+                await producer.record(record)
+                os.write(accepted.fileno(), line.encode())
+            if rng.random() < 0.1:
+                await asyncio.sleep(0.002)
+        for record in under_way:
             line = f"{record.request_id} {record.charge_pico}\n"
             os.write(attempted.fileno(), line.encode())
             await producer.record(record)
             os.write(accepted.fileno(), line.encode())
-            if rng.random() < 0.1:
-                await asyncio.sleep(0.002)
     await producer.stop()
-    for slice_id in slices.values():
-        await patiently(wire.end_hold, name, producer.identity()[1], slice_id)
+    for held in slices.values():
+        await patiently(wire.end_hold, name, producer.identity()[1], held.hold_id)
     (case.home / f"finished-{name}").touch()
 
 
-async def _served(case, wire, producer, rng, slices):
-    """A finished request with its hold, or None if the money is out."""
+@dataclass
+class Slice:
+    """What a producer has reserved of a tenant's money."""
+
+    hold_id: str
+    granted_pico: int
+    spent_pico: int = 0
+    version: int = 0
+
+
+async def _served(wire, producer, rng, slices):
+    """A finished request that its tenant's slice can pay."""
     name, epoch = producer.identity()
     tenant = rng.choice(TENANTS)
-    request_id = producer.next_request_id()
     counts = TokenCounts(rng.randint(1, 500), 0, rng.randint(1, 200))
     reason = rng.choice(REASONS)
     charge_pico = pricing.charge(counts, CARD, reason, Lane.TOKENS)
-    about = {"producer": name, "epoch": epoch, "tenant_id": tenant}
-    if case.shared and tenant not in slices:
-        hold_id = f"slice-{name}-{epoch}-{tenant}"
-        money = {"wanted_pico": 10**12, "minimum_pico": 1, "shared": True}
-        result = await patiently(wire.open_hold, hold_request(hold_id, **about, **money))
-        assert result.hold is not None, result
-        slices[tenant] = hold_id
-    hold_id = slices.get(tenant)
-    request = hold_request(request_id, **about, wanted_pico=10**10, minimum_pico=10**8)
-    if hold_id is None:
+    hold_id = f"slice-{name}-{epoch}-{tenant}"
+    request = hold_request(
+        hold_id,
+        producer=name,
+        epoch=epoch,
+        tenant_id=tenant,
+        wanted_pico=10**9,
+        minimum_pico=10**9,
+    )
+    if tenant not in slices:
         result = await patiently(wire.open_hold, request)
-        if result.status not in (HoldStatus.GRANTED, HoldStatus.EXISTS):
-            return None
-    record = UsageRecord.for_hold(
+        assert result.hold is not None, result
+        slices[tenant] = Slice(hold_id, 10**9)
+    held = slices[tenant]
+    if held.spent_pico + charge_pico > held.granted_pico or rng.random() < 0.05:
+        held.version += 1
+        wanted = held.spent_pico + charge_pico + rng.choice((0, 10**8, 10**9))
+        held.granted_pico = min(held.granted_pico, wanted)
+        change = HoldChange(hold_id, held.version, wanted, wanted)
+        result = await patiently(wire.resize_hold, name, epoch, change)
+        assert result.hold is not None, result
+        held.granted_pico = wanted
+    held.spent_pico += charge_pico
+    return token_record(
         request,
+        request_id=producer.next_request_id(),
         counts=counts,
         finished_at=datetime.now(UTC),
         charge_pico=charge_pico,
         finish_reason=reason,
-        slice_id=hold_id,
     )
-    return record
+
+
+def _unfinished(record):
+    """What is booked of it if its process dies."""
+    return msgspec.structs.replace(
+        record,
+        input_tokens=0,
+        output_tokens=0,
+        charge_pico=0,
+        finish_reason=FinishReason.MARKET_FAULT,
+        usage_quality=UsageQuality.RECOVERED,
+    )
 
 
 # -- the case -------------------------------------------------------------------------------
@@ -498,12 +540,14 @@ def _check(case: Case) -> None:
     booked = dict(zip(tokens["request_id"], tokens["charge"], strict=True))
     assert len(booked) == len(tokens), "a request is there twice"
     assert sorted(usage["lsn"]) == list(range(1, len(usage) + 1)), "rows are not contiguous"
-    accepted, attempted = {}, {}
+    accepted, attempted, begun = {}, {}, {}
     for name in case.producers:
+        begun |= _read_log(case.home / f"begun-{name}")
         accepted |= _read_log(case.home / f"accepted-{name}")
         attempted |= _read_log(case.home / f"attempted-{name}")
     for request_id, charge in accepted.items():
         assert booked.get(request_id) == charge, f"{request_id}: {booked.get(request_id)}, {charge}"
+    assert set(begun) <= set(booked), "a request was forgotten"
     recovered = set(tokens[tokens["usage_quality"] == "recovered"]["request_id"])
     assert set(booked) <= set(attempted) | recovered, "rows that nobody sent"
     asyncio.run(_check_books(case, sum(usage["charge"], Decimal(0))))

@@ -876,7 +876,8 @@ def check_state(case: Case, state: State, holds) -> None:
     held = defaultdict(set)
     for hold in holds:
         if hold.request.producer == PRODUCER:
-            held[hold.request.deployment_id].add(hold.request.hold_id)
+            lease_id = hold.request.hold_id.rpartition("-hold-")[0]
+            held[lease_id].add(hold.request.hold_id)
     for lease in state.leases.values():
         wanted = {lease.hold_id(n) for n in range(lease.ended_index + 1, lease.hold_index + 1)}
         found = held.pop(lease.lease_id, set())

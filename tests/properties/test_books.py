@@ -73,15 +73,37 @@ class BooksMachine(RuleBasedStateMachine):
         else:
             assert self.books.accounts == before
 
+    @rule(
+        number=st.integers(0, 15),
+        version=st.integers(0, 5),
+        minimum=st.integers(0, 1500),
+        extra=st.integers(0, 500),
+    )
+    def resize(self, number, version, minimum, extra):
+        hold = self.books.holds.get(f"h{number}")
+        before = dict(self.books.accounts)
+        try:
+            result = self.books.resize_hold(f"h{number}", version, minimum + extra, minimum)
+        except HoldError:
+            assert hold is None or hold.state is not HoldState.PENDING
+            return
+        if result.status is HoldStatus.GRANTED:
+            assert version > hold.version
+            assert result.hold.amount_pico >= hold.posted_pico
+            assert result.hold.amount_pico >= minimum or hold.amount_pico >= minimum
+            assert result.hold.amount_pico <= max(minimum + extra, hold.posted_pico)
+        else:
+            assert self.books.accounts == before
+
     @rule(number=st.integers(0, 15), share=st.floats(0, 1.1))
-    def post(self, number, share):
+    def draw(self, number, share):
         hold = self.books.holds.get(f"h{number}")
         amount = int(hold.amount_pico * share) if hold else 0
         allowed = hold is not None and hold.state is HoldState.PENDING
-        allowed = allowed and amount <= hold.amount_pico
+        allowed = allowed and amount <= hold.left_pico
         before = (dict(self.books.accounts), dict(self.books.holds))
         try:
-            self.books.post_hold(f"h{number}", amount)
+            self.books.draw_hold(f"h{number}", amount)
         except HoldError:
             assert not allowed
             assert before == (self.books.accounts, self.books.holds)
@@ -134,7 +156,7 @@ class BooksMachine(RuleBasedStateMachine):
     def held_money_is_the_sum_of_open_holds(self):
         for account_id, account in self.books.accounts.items():
             pending = [
-                hold.amount_pico
+                hold.left_pico
                 for hold in self.books.holds.values()
                 if hold.account_id == account_id and hold.state is HoldState.PENDING
             ]

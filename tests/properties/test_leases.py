@@ -254,7 +254,10 @@ class LeaseMachine(RuleBasedStateMachine):
     @invariant()
     def never_more_than_two_holds_are_open(self):
         if hasattr(self, "market"):
-            held = [h.request.deployment_id for h in done(self.market.ledger.open_holds())]
+            held = [
+                h.request.hold_id.rpartition("-hold-")[0]
+                for h in done(self.market.ledger.open_holds())
+            ]
             assert all(held.count(name) <= 2 for name in NAMES)
 
     def teardown(self):

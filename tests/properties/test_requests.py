@@ -7,15 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from market.errors import MarketError
-from market.fakes import DirectSink, FakeClock, FakeEngine, FakeRoutes, MemoryLedger
-from market.inference import Inference
-from market.types import Sampling
-from tests.samples import ACME, CARD, ROUTE, deposit
+from market.fakes import FakeEngine
+from tests.gateways import Gateway, prepared
 
 requests = st.fixed_dictionaries(
     {
         "max_tokens": st.one_of(st.none(), st.integers(1, 600)),
         "prompt": st.integers(1, 700),
+        "answers": st.integers(1, 3),
         "stop_after": st.one_of(st.none(), st.integers(1, 40)),
         "fail_at": st.one_of(st.none(), st.integers(0, 20)),
         "failures": st.integers(0, 3),
@@ -32,14 +31,8 @@ def test_books_are_right_afterwards(asked, balance):
 
 
 async def serve(asked, balance_pico):
-    ledger = MemoryLedger(FakeClock())
-    await ledger.create_tenant("acme")
-    await ledger.create_provider("local")
-    await ledger.add_rate_cards([CARD], only_new_models=False)
-    if balance_pico:
-        await ledger.transfer(deposit(f"{balance_pico / 10**12:.12f}"))
-    sink = DirectSink(ledger)
-    await sink.start()
+    ledger = await prepared(f"{balance_pico / 10**12:.12f}" if balance_pico else "0")
+    here = await Gateway(FakeEngine(), ledger).start()
     admitted = []
 
     async def one(request):
@@ -49,14 +42,15 @@ async def serve(asked, balance_pico):
             fail_at=request["fail_at"],
             failures=request["failures"],
         )
-        routes = FakeRoutes(ROUTE, CARD, engine)
-        inference = Inference(FakeClock(), ledger, sink, routes)
         try:
-            admission = await inference.admit(
-                ACME, ROUTE, tuple(range(request["prompt"])), Sampling(request["max_tokens"])
+            admission = await here.ask(
+                request["max_tokens"],
+                prompt=tuple(range(request["prompt"])),
+                answers=request["answers"],
             )
+            engines[admission.request_id] = engine
             admitted.append(admission.request_id)
-            async with aclosing(inference.stream(admission)) as events:
+            async with aclosing(here.inference.stream(admission)) as events:
                 seen = 0
                 async for _ in events:
                     seen += 1
@@ -64,12 +58,25 @@ async def serve(asked, balance_pico):
                         break
         except MarketError:
             pass
-        await inference.drain()
 
+    engines = {}
+    here.routes._engine = Switch(engines)
     await asyncio.gather(*map(one, asked))
+    await here.rest()
     account = await ledger.balance("acme")
     assert account.held_pico == 0
     assert account.balance_pico >= 0
     assert sorted(record.request_id for record in ledger.records) == sorted(admitted)
     charged = sum(record.charge_pico for record in ledger.records)
     assert account.balance_pico == balance_pico - charged
+
+
+class Switch:
+    """Each request's own engine behind one route."""
+
+    def __init__(self, engines):
+        self._engines = engines
+
+    def generate(self, request, credit):
+        name = request.request_id.rsplit("-", 2)[0]
+        return self._engines[name].generate(request, credit)

@@ -14,6 +14,8 @@ from market.accounts import (
     provider_account,
     tenant_account,
 )
+from market.budgets import Allowance
+from market.types import Period
 from tests.samples import deposit, hold_request
 
 TENANT = tenant_account("acme")
@@ -112,29 +114,53 @@ class TestHold:
         result = books.open_hold(hold_request(tenant_id="nobody"))
         assert result.status is HoldStatus.ACCOUNT_NOT_FOUND
 
-    def test_posting_releases_the_rest(self, books):
+    def test_is_drawn_on_and_returns_the_rest_at_its_end(self, books):
         with_balance(books, 1000).open_hold(hold_request())
-        ended = books.post_hold("req-gw0-1", 30)
-        assert (ended.state, ended.posted_pico) == (HoldState.POSTED, 30)
+        assert books.draw_hold("slice-1", 30).left_pico == 70
+        ended = books.void_hold("slice-1")
+        assert (ended.state, ended.posted_pico) == (HoldState.VOIDED, 30)
         assert books.accounts[TENANT].held_pico == 0
 
-    def test_cannot_post_more_than_it_holds(self, books):
+    def test_cannot_be_drawn_on_beyond_its_amount(self, books):
         with_balance(books, 1000).open_hold(hold_request())
+        books.draw_hold("slice-1", 60)
         with pytest.raises(HoldError):
-            books.post_hold("req-gw0-1", 101)
-        assert books.holds["req-gw0-1"].state is HoldState.PENDING
+            books.draw_hold("slice-1", 41)
+        assert books.holds["slice-1"].left_pico == 40
 
-    @pytest.mark.parametrize("first", ["post", "void"])
-    @pytest.mark.parametrize("second", ["post", "void"])
-    def test_ends_only_once(self, books, first, second):
+    @pytest.mark.parametrize("again", ["draw", "void", "grow"])
+    def test_ends_only_once(self, books, again):
         with_balance(books, 1000).open_hold(hold_request())
-        ends = {
-            "post": lambda: books.post_hold("req-gw0-1", 1),
-            "void": lambda: books.void_hold("req-gw0-1"),
+        books.void_hold("slice-1")
+        uses = {
+            "draw": lambda: books.draw_hold("slice-1", 1),
+            "void": lambda: books.void_hold("slice-1"),
+            "grow": lambda: books.resize_hold("slice-1", 1, 200, 0),
         }
-        ends[first]()
         with pytest.raises(HoldError, match="ended before"):
-            ends[second]()
+            uses[again]()
+
+    def test_budget_bounds_it_below_the_balance(self, books):
+        with_balance(books, 1000)
+        allowance = Allowance(60, 80, Period.DAY, None)
+        assert books.open_hold(hold_request("a"), allowance).hold.amount_pico == 60
+
+    @pytest.mark.parametrize(
+        ("allowance", "status"),
+        [
+            ((40, 40), HoldStatus.EXCEEDS_BUDGET),
+            ((40, 60), HoldStatus.EXCEEDS_UNTIL_OTHERS_END),
+        ],
+    )
+    def test_budget_that_is_too_small_says_so(self, books, allowance, status):
+        with_balance(books, 1000)
+        result = books.open_hold(hold_request(), Allowance(*allowance, Period.DAY, None))
+        assert (result.status, result.hold, result.available_pico) == (status, None, 40)
+
+    def test_balance_below_the_budget_is_the_reason(self, books):
+        with_balance(books, 20)
+        result = books.open_hold(hold_request(), Allowance(40, 40, Period.DAY, None))
+        assert result.status is HoldStatus.EXCEEDS_BALANCE
 
     def test_unknown_one_cannot_end(self, books):
         with pytest.raises(HoldError, match="unknown"):

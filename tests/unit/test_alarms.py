@@ -60,9 +60,9 @@ async def test_replica_that_claims_another_count(box):
 
 
 async def test_hold_that_is_never_ended(box):
-    request = hold_request("req-9", epoch=box.epoch, **WANTED)
+    request = hold_request("slice-9", epoch=box.epoch, **WANTED)
     await box.ledger.open_hold(request)
-    box.clock.advance(timedelta(hours=2).total_seconds())
+    box.clock.advance(timedelta(hours=3).total_seconds())
     assert await names(box) == ["stale_holds"]
 
 

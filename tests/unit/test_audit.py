@@ -39,7 +39,14 @@ from market.ledger.refunds import Refund
 from market.ledger.schema import encode_batch
 from market.ledger.sealing import prune_journal
 from market.storage import from_micros
-from market.types import FinishReason, Lane, RecordKind, UsageRecord
+from market.types import (
+    FinishReason,
+    Lane,
+    RecordKind,
+    TokenCounts,
+    UsageQuality,
+    UsageRecord,
+)
 from tests.contracts.test_ledger import CHARGE, WANTED, record
 from tests.samples import deposit, hold_request
 from tests.unit.test_ledger_files import Box
@@ -78,15 +85,9 @@ class Books(Box):
     async def slice(self, ledger, name="slice-1"):
         """Three requests out of one shared hold, of which a part stays held."""
         amount = 10 * CHARGE
-        shared = hold_request(
-            name, epoch=self.epoch, wanted_pico=amount, minimum_pico=amount, shared=True
-        )
+        shared = hold_request(name, epoch=self.epoch, wanted_pico=amount, minimum_pico=amount)
         await ledger.open_hold(shared)
-        made = record(shared)
-        drawn = [
-            msgspec.structs.replace(made, request_id=f"{name}-{number}", slice_id=name)
-            for number in range(3)
-        ]
+        drawn = [record(shared, request_id=f"{name}-{number}") for number in range(3)]
         await self.send(ledger, *drawn)
 
     async def lease(self, ledger, segments=(60_000_000, 1, 59_999_999)):
@@ -95,15 +96,12 @@ class Books(Box):
         shared = hold_request(
             "hour-1",
             epoch=self.epoch,
-            provider_id="hub",
             lane=Lane.LEASE,
-            price_id=GPU_CARD.price_id,
             wanted_pico=hour,
             minimum_pico=hour,
-            shared=True,
         )
         await ledger.open_hold(shared)
-        free = msgspec.structs.replace(record(shared), request_id="leased-1", slice_id="hour-1")
+        free = record(shared, request_id="leased-1", provider_id="hub", price_id=GPU_CARD.price_id)
         rows, elapsed = [free], 0
         for gpu_us in segments:
             charge = pricing.gpu_charge(elapsed, gpu_us, GPU_CARD.gpu_hour_pico)
@@ -119,7 +117,9 @@ class Books(Box):
         await self.slice(ledger)
         await self.lease(ledger)
         await ledger.publish()
-        await ledger.open_hold(hold_request("req-lost", epoch=self.epoch, **WANTED))
+        lost = hold_request("slice-lost", epoch=self.epoch, **WANTED)
+        await ledger.open_hold(lost)
+        await self.send(ledger, unfinished(lost))
         self.epoch, self.seq = await ledger.register_producer("gw0"), 0
         await ledger.publish()
         self.clock.advance(DAY)
@@ -129,7 +129,7 @@ class Books(Box):
         await ledger.refund(Refund("refund-2", "acme", "slow", "key-op", "req-2", CHARGE // 3))
         await ledger.refund(Refund("gift-1", "bolt", "sorry", "key-op", amount_pico=10**9))
         await ledger.publish()
-        await ledger.open_hold(hold_request("req-open", epoch=self.epoch, **WANTED))
+        await ledger.open_hold(hold_request("slice-open", epoch=self.epoch, **WANTED))
 
     def rows(self):
         return len(self.usage()) + len(self.transfers())
@@ -184,6 +184,17 @@ class Books(Box):
         )
 
 
+def unfinished(hold):
+    """What a sweep sends for a request whose gateway died."""
+    return record(
+        hold,
+        FinishReason.MARKET_FAULT,
+        TokenCounts(0, 0, 0),
+        request_id="req-lost",
+        usage_quality=UsageQuality.RECOVERED,
+    )
+
+
 def gpu_row(shared, gpu_us, charge_pico):
     return UsageRecord(
         kind=RecordKind.GPU,
@@ -192,9 +203,9 @@ def gpu_row(shared, gpu_us, charge_pico):
         api_key_id=None,
         model=shared.model,
         lane=Lane.LEASE,
-        deployment_id=shared.deployment_id,
-        provider_id=shared.provider_id,
-        node_id=shared.node_id,
+        deployment_id="lease-1",
+        provider_id="hub",
+        node_id="local",
         gpu_type="h100",
         gpu_milli=1000,
         started_at=shared.started_at,
@@ -569,7 +580,7 @@ def held(box):
 
 
 def hold(box):
-    box.execute("UPDATE holds SET amount_pico = '77' WHERE hold_id = 'req-open'")
+    box.execute("UPDATE holds SET amount_pico = '77' WHERE hold_id = 'slice-open'")
     return "account tenant:acme", None, "transfers and holds give"
 
 
@@ -1045,7 +1056,7 @@ async def test_refused_lease_segment_stops_none_behind_it(box):
         await ledger.add_rate_cards([GPU_CARD], only_new_models=False)
         hour = pricing.gpu_charge(0, 10**6, GPU_CARD.gpu_hour_pico)
         shared = hold_request("hour-1", epoch=box.epoch, lane=Lane.LEASE, wanted_pico=hour,
-                              minimum_pico=hour, shared=True)  # fmt: skip
+                              minimum_pico=hour)  # fmt: skip
         await ledger.open_hold(shared)
         lost = msgspec.structs.replace(gpu_row(shared, 10**6, hour), slice_id="gone")
         lost = msgspec.structs.replace(lost, lease_id="lease-0")

@@ -1,33 +1,56 @@
 """The HTTP surface over fakes: no Ray, no engine, every byte of the answer."""
 
 import asyncio
+import dataclasses
 import json
 
 import httpx
 import pytest
 
+from market.answers import DifferentBody
 from market.config import Config
-from market.fakes import DirectSink, FakeClock, FakeEngine, FakeRoutes, MemoryLedger
-from market.inference import Inference
+from market.errors import Conflict
+from market.fakes import FakeClock, FakeEngine, FakeRoutes
 from market.keys import hash_key, key_id, new_key
-from market.types import FinishReason, Principal, Role
+from market.limits import Limits
+from market.types import Access, FinishReason, KeyPolicy, Principal, Role
 from serve_apps.auth import Authenticator
 from serve_apps.http import Services, create_app
+from serve_apps.idempotency import Idempotency
 from serve_apps.metrics import Metrics
-from tests.samples import ACME, CARD, ROUTE, deposit
+from tests.gateways import Gateway, prepared
+from tests.samples import ACME, CARD, ROUTE
 
 KEYS = {"sk-acme": ACME, "sk-op": Principal("key-op", Role.OPERATOR, "operator")}
 AUTH = {"authorization": "Bearer sk-acme"}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
 
 
+SCOPE = {
+    "type": "http",
+    "method": "POST",
+    "path": "/v1/chat/completions",
+    "raw_path": b"/v1/chat/completions",
+    "query_string": b"",
+    "headers": [(b"authorization", b"Bearer sk-acme")],
+    "http_version": "1.1",
+    "scheme": "http",
+    "server": ("test", 80),
+    "client": ("test", 1),
+}
+
+
 class FakeKeys:
     def __init__(self):
         self.lookups = 0
+        self.version = 1
 
     async def find_key(self, key_hash):
         self.lookups += 1
         return {hash_key(key): principal for key, principal in KEYS.items()}.get(key_hash)
+
+    async def access(self):
+        return Access(str(self.version), (CARD,))
 
 
 class FakePrompter:
@@ -36,8 +59,11 @@ class FakePrompter:
     async def chat(self, body):
         return tuple(range(10))
 
-    async def completion(self, body):
+    async def text(self, prompt, param="prompt"):
         return tuple(range(10))
+
+    def decode(self, token_ids):
+        return "p" * len(token_ids)
 
 
 class Routes(FakeRoutes):
@@ -48,31 +74,28 @@ class Routes(FakeRoutes):
         return FakePrompter()
 
 
-class Gateway:
-    def __init__(self, engine):
-        self.engine = engine
+class Http(Gateway):
+    """A gateway with its HTTP surface."""
 
     async def start(self):
-        self.ledger = MemoryLedger(FakeClock())
-        await self.ledger.create_tenant("acme")
-        await self.ledger.create_provider("local")
-        await self.ledger.add_rate_cards([CARD], only_new_models=False)
-        await self.ledger.transfer(deposit("1"))
-        sink = DirectSink(self.ledger)
-        await sink.start()
-        routes = Routes(ROUTE, CARD, self.engine)
-        self.inference = Inference(FakeClock(), self.ledger, sink, routes)
+        await super().start()
         self.keys = FakeKeys()
-        config = Config.from_env({})
+        self.config = Config.from_env({})
+        self.authenticator = Authenticator(self.keys, self.clock)
+        await self.authenticator.poll()
+        self.answers = FakeAnswers()
+        self.idempotency = Idempotency(self.answers, self.sink.identity)
         self.app = create_app(
             Services(
-                config=config,
-                clock=FakeClock(),
+                config=self.config,
+                clock=self.clock,
                 ledger=self.ledger,
                 scheduler=None,
-                routes=routes,
+                routes=self.routes,
                 inference=self.inference,
-                authenticator=Authenticator(self.keys),
+                authenticator=self.authenticator,
+                limits=Limits(),
+                idempotency=self.idempotency,
                 metrics=Metrics(),
             )
         )
@@ -81,19 +104,45 @@ class Gateway:
         return self
 
     async def record(self):
-        await self.inference.drain()
+        await self.rest()
         (record,) = self.ledger.records
         assert await self.ledger.open_holds() == []
         return record
 
 
+class FakeAnswers:
+    """The store in a dictionary."""
+
+    def __init__(self):
+        self.kept = {}
+
+    async def begin(self, tenant_id, key, body_digest, owner, attempt):
+        known = self.kept.get((tenant_id, key))
+        if known is None:
+            self.kept[tenant_id, key] = (body_digest, None)
+            return None
+        if known[0] != body_digest:
+            raise DifferentBody("another body")
+        if known[1] is None:
+            raise Conflict("running", code="idempotency_key_in_use", retry_after_s=1)
+        return known[1]
+
+    async def finish(self, tenant_id, key, owner, answer):
+        self.kept[tenant_id, key] = (self.kept[tenant_id, key][0], answer)
+
+    async def drop(self, tenant_id, key, owner):
+        del self.kept[tenant_id, key]
+
+
 async def gateway(**engine):
-    return await Gateway(FakeEngine(**engine)).start()
+    clock = FakeClock()
+    ledger = await prepared("1", clock)
+    return await Http(FakeEngine(**engine), ledger, clock, routes=Routes).start()
 
 
 def events(answer):
     lines = [line for line in answer.text.split("\n\n") if line]
-    assert all(line.startswith("data: ") for line in lines)
+    assert all(line.startswith("data: ") for line in lines), answer.text
     return [line.removeprefix("data: ") for line in lines]
 
 
@@ -162,7 +211,7 @@ async def test_fault_inside_the_stream_is_an_error_event_and_no_done():
 
 async def test_bug_is_a_500_without_details():
     here = await gateway()
-    here.ledger.open_hold = lambda request: 1 / 0
+    here.routes.engine = lambda route: 1 / 0
     answer = await here.http.post("/v1/chat/completions", json=CHAT)
     assert answer.status_code == 500
     assert "ZeroDivision" not in answer.text
@@ -191,20 +240,34 @@ async def hang_up(here, after_events, cancel=False):
                     task.cancel()
                 await asyncio.Event().wait()  # a full socket: this send never ends
 
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": "/v1/chat/completions",
-        "raw_path": b"/v1/chat/completions",
-        "query_string": b"",
-        "headers": [(b"authorization", b"Bearer sk-acme")],
-        "http_version": "1.1",
-        "scheme": "http",
-        "server": ("test", 80),
-        "client": ("test", 1),
-    }
-    task = asyncio.create_task(here.app(scope, receive, send))
+    task = asyncio.create_task(here.app(SCOPE, receive, send))
     await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_client_that_hangs_up_without_a_stream_aborts_the_engine_too():
+    here = await gateway(gate=asyncio.Semaphore(3))
+    gone = asyncio.Event()
+    body = json.dumps(CHAT | {"max_tokens": 900}).encode()
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive():
+        if messages:
+            return messages.pop()
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        pass
+
+    asking = asyncio.create_task(here.app(SCOPE, receive, send))
+    while not here.engine.requests or not here.engine.gate.locked():
+        await asyncio.sleep(0)
+    gone.set()
+    await asyncio.wait_for(asking, 5)
+    record = await here.record()
+    assert record.finish_reason is FinishReason.CLIENT_DISCONNECT
+    assert record.output_tokens == 3
+    assert here.engine.aborted
 
 
 @pytest.mark.parametrize("cancel", [False, True])
@@ -218,11 +281,77 @@ async def test_client_that_hangs_up_aborts_the_engine_and_pays_what_was_generate
 
 
 class TestKeys:
-    async def test_are_looked_up_once_within_two_seconds(self):
+    async def test_are_looked_up_once_as_long_as_nothing_changes(self):
         here = await gateway()
         for _ in range(5):
             assert (await here.http.get("/v1/models")).status_code == 200
+            here.clock.advance(3)
+            await here.authenticator.poll()
         assert here.keys.lookups == 1
+
+    async def test_are_looked_up_again_when_any_has_changed(self):
+        here = await gateway()
+        await here.http.get("/v1/models")
+        here.keys.version += 1
+        await here.authenticator.poll()
+        await here.http.get("/v1/models")
+        assert here.keys.lookups == 2
+
+    async def test_are_not_trusted_for_long_without_news(self):
+        here = await gateway()
+        await here.http.get("/v1/models")
+        here.clock.advance(4.5)
+        await here.http.get("/v1/models")
+        assert here.keys.lookups == 2
+
+    async def test_that_have_expired_say_when(self):
+        here = await gateway()
+        policy = KeyPolicy(expires_at=here.clock.now())
+        KEYS["sk-old"] = dataclasses.replace(ACME, policy=policy)
+        answer = await here.http.get("/v1/models", headers={"authorization": "Bearer sk-old"})
+        del KEYS["sk-old"]
+        assert answer.status_code == 401
+        assert "expired at 2026-11-01" in answer.json()["error"]["message"]
+
+    async def test_that_may_only_read_cannot_ask(self):
+        here = await gateway()
+        KEYS["sk-read"] = dataclasses.replace(ACME, policy=KeyPolicy(read_only=True))
+        headers = {"authorization": "Bearer sk-read"}
+        reading = await here.http.get("/v1/models", headers=headers)
+        asking = await here.http.post("/v1/chat/completions", json=CHAT, headers=headers)
+        own = await here.http.post("/market/v1/tenants", json={}, headers=headers)
+        del KEYS["sk-read"]
+        assert reading.status_code == 200
+        assert (asking.status_code, asking.json()["error"]["code"]) == (403, "read_only_key")
+        assert own.status_code == 403
+
+    async def test_are_for_some_models_only(self):
+        here = await gateway()
+        KEYS["sk-other"] = dataclasses.replace(ACME, policy=KeyPolicy(models=("other",)))
+        headers = {"authorization": "Bearer sk-other"}
+        asking = await here.http.post("/v1/chat/completions", json=CHAT, headers=headers)
+        del KEYS["sk-other"]
+        assert (asking.status_code, asking.json()["error"]["code"]) == (403, "model_not_allowed")
+
+    async def test_have_limits_and_say_so(self):
+        here = await gateway()
+        KEYS["sk-slow"] = dataclasses.replace(
+            ACME, policy=KeyPolicy(requests_per_min=2, tokens_per_min=1000)
+        )
+        headers = {"authorization": "Bearer sk-slow"}
+        asked = [
+            await here.http.post("/v1/chat/completions", json=CHAT, headers=headers)
+            for _ in range(3)
+        ]
+        del KEYS["sk-slow"]
+        assert [a.status_code for a in asked] == [200, 200, 429]
+        assert asked[0].headers["x-ratelimit-limit-requests"] == "2"
+        assert asked[0].headers["x-ratelimit-remaining-requests"] == "1"
+        assert asked[1].headers["x-ratelimit-remaining-tokens"] == "974"
+        assert asked[1].headers["x-ratelimit-reset-requests"] == "1m0s"
+        assert asked[2].json()["error"]["code"] == "rate_limit_exceeded"
+        assert asked[2].headers["retry-after"] == "30"
+        assert asked[2].headers["x-should-retry"] == "true"
 
     @pytest.mark.parametrize(
         "header", [None, "", "Bearer", "Bearer ", "Basic sk-acme", "sk-acme", "Bearer sk-wrong"]
@@ -235,15 +364,17 @@ class TestKeys:
         assert answer.status_code == 401
         assert answer.json()["error"]["code"] == "invalid_api_key"
 
-    async def test_wrong_keys_are_not_remembered(self):
+    async def test_wrong_ones_cost_one_look(self):
         here = await gateway()
+        headers = {"authorization": "Bearer sk-new"}
         for _ in range(3):
-            await here.http.get("/v1/models", headers={"authorization": "Bearer sk-new"})
+            assert (await here.http.get("/v1/models", headers=headers)).status_code == 401
+        assert here.keys.lookups == 1
         KEYS["sk-new"] = ACME
-        try:
-            answer = await here.http.get("/v1/models", headers={"authorization": "Bearer sk-new"})
-        finally:
-            del KEYS["sk-new"]
+        here.keys.version += 1
+        await here.authenticator.poll()
+        answer = await here.http.get("/v1/models", headers=headers)
+        del KEYS["sk-new"]
         assert answer.status_code == 200
 
     def test_are_long_random_and_named_by_their_hash(self):
@@ -294,3 +425,157 @@ async def test_unknown_fields_in_our_own_api_are_refused():
     )
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "balance"
+
+
+KEYED = {"idempotency-key": "order-1"}
+
+
+class TestIdempotency:
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_same_request_again_is_answered_from_the_store(self, stream):
+        here = await gateway()
+        body = CHAT | {"stream": stream}
+        first = await here.http.post("/v1/chat/completions", json=body, headers=KEYED)
+        await here.idempotency.drain()
+        again = await here.http.post("/v1/chat/completions", json=body, headers=KEYED)
+        assert again.content == first.content
+        assert again.headers["idempotency-replayed"] == "true"
+        assert again.headers["x-request-id"] == first.headers["x-request-id"]
+        assert again.headers["content-type"] == first.headers["content-type"]
+        await here.record()
+
+    async def test_another_body_is_422(self):
+        here = await gateway()
+        await here.http.post("/v1/chat/completions", json=CHAT, headers=KEYED)
+        other = CHAT | {"max_tokens": 2}
+        answer = await here.http.post("/v1/chat/completions", json=other, headers=KEYED)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (
+            422,
+            "idempotency_key_reused",
+        )
+
+    async def test_while_it_runs_is_409(self):
+        here = await gateway(gate=asyncio.Semaphore(0))
+        asking = asyncio.create_task(
+            here.http.post("/v1/chat/completions", json=CHAT, headers=KEYED)
+        )
+        while not here.engine.requests:
+            await asyncio.sleep(0)
+        answer = await here.http.post("/v1/chat/completions", json=CHAT, headers=KEYED)
+        assert answer.status_code == 409
+        assert answer.headers["x-should-retry"] == "true"
+        for _ in range(3):
+            here.engine.gate.release()
+        assert (await asking).status_code == 200
+
+    async def test_failure_frees_the_key(self):
+        here = await gateway(fail_at=0, failures=2)
+        failed = await here.http.post("/v1/chat/completions", json=CHAT, headers=KEYED)
+        answer = await here.http.post("/v1/chat/completions", json=CHAT, headers=KEYED)
+        assert (failed.status_code, answer.status_code) == (500, 200)
+
+    async def test_failure_inside_a_stream_frees_the_key(self):
+        here = await gateway(fail_at=2, failures=1)
+        body = CHAT | {"stream": True}
+        await here.http.post("/v1/chat/completions", json=body, headers=KEYED)
+        await here.idempotency.drain()
+        answer = await here.http.post("/v1/chat/completions", json=body, headers=KEYED)
+        assert answer.text.endswith("data: [DONE]\n\n")
+
+    async def test_client_that_hangs_up_finds_the_answer_later(self):
+        here = await gateway()
+        SCOPE["headers"].append((b"idempotency-key", b"order-1"))
+        await asyncio.wait_for(hang_up(here, after_events=2), 5)
+        SCOPE["headers"].pop()
+        await here.idempotency.drain()
+        body = json.dumps(CHAT | {"stream": True, "max_tokens": 900})
+        answer = await here.http.post("/v1/chat/completions", content=body, headers=KEYED)
+        assert answer.headers["idempotency-replayed"] == "true"
+        assert answer.text.count('"content":"') == 901
+        record = await here.record()
+        assert (record.finish_reason, record.output_tokens) == (FinishReason.LENGTH, 900)
+
+    async def test_keys_have_a_length(self):
+        here = await gateway()
+        headers = {"idempotency-key": "x" * 256}
+        answer = await here.http.post("/v1/chat/completions", json=CHAT, headers=headers)
+        assert answer.status_code == 400
+
+
+class TestShapes:
+    async def test_several_answers_are_choices(self):
+        here = await gateway()
+        answer = (await here.http.post("/v1/chat/completions", json=CHAT | {"n": 3})).json()
+        assert [c["index"] for c in answer["choices"]] == [0, 1, 2]
+        assert {c["message"]["content"] for c in answer["choices"]} == {"0 1 2 "}
+        assert answer["usage"]["completion_tokens"] == 9
+        assert answer["usage"]["prompt_tokens"] == 10
+
+    async def test_several_answers_stream_with_their_index(self):
+        here = await gateway()
+        body = CHAT | {"n": 2, "stream": True}
+        *chunks, _ = events(await here.http.post("/v1/chat/completions", json=body))
+        texts = ["", ""]
+        for chunk in map(json.loads, chunks):
+            (choice,) = chunk["choices"]
+            texts[choice["index"]] += choice["delta"].get("content", "")
+        assert texts == ["0 1 2 ", "0 1 2 "]
+
+    async def test_several_prompts_are_choices_in_order(self):
+        here = await gateway()
+        body = {"model": "tiny", "prompt": ["a", "b"], "max_tokens": 2, "n": 2}
+        answer = (await here.http.post("/v1/completions", json=body)).json()
+        assert [c["index"] for c in answer["choices"]] == [0, 1, 2, 3]
+        assert answer["usage"] | {"cost": ""} == {
+            "prompt_tokens": 20,
+            "completion_tokens": 8,
+            "total_tokens": 28,
+            "prompt_tokens_details": {"cached_tokens": 0},
+            "cost": "",
+        }
+
+    async def test_echo_repeats_the_prompt(self):
+        here = await gateway()
+        body = {"model": "tiny", "prompt": "question: ", "max_tokens": 2, "echo": True}
+        whole = (await here.http.post("/v1/completions", json=body)).json()
+        assert whole["choices"][0]["text"] == "question: 0 1 "
+        only = (await here.http.post("/v1/completions", json=body | {"max_tokens": 0})).json()
+        assert only["choices"][0]["text"] == "question: "
+        *chunks, _ = events(await here.http.post("/v1/completions", json=body | {"stream": True}))
+        assert json.loads(chunks[0])["choices"][0]["text"] == "question: 0 "
+
+    async def test_service_tier_is_said_if_it_was_asked(self):
+        here = await gateway()
+        asked = await here.http.post("/v1/chat/completions", json=CHAT | {"service_tier": "auto"})
+        assert asked.json()["service_tier"] == "default"
+        assert (
+            "service_tier" not in (await here.http.post("/v1/chat/completions", json=CHAT)).json()
+        )
+
+    async def test_responses_are_a_message(self):
+        here = await gateway()
+        body = {"model": "tiny", "input": "hi", "max_output_tokens": 3}
+        answer = (await here.http.post("/v1/responses", json=body)).json()
+        assert (answer["object"], answer["status"]) == ("response", "incomplete")
+        assert answer["output"][0]["content"][0]["text"] == "0 1 2 "
+        assert answer["usage"]["output_tokens"] == 3
+
+    async def test_responses_stream_their_events_in_order(self):
+        here = await gateway(stop_after=3)
+        body = {"model": "tiny", "input": "hi", "stream": True}
+        answer = await here.http.post("/v1/responses", json=body)
+        lines = [line for line in answer.text.split("\n\n") if line]
+        kinds = [line.split("\n")[0].removeprefix("event: ") for line in lines]
+        assert kinds == [
+            "response.created",
+            "response.in_progress",
+            "response.output_item.added",
+            "response.content_part.added",
+            *["response.output_text.delta"] * 3,
+            "response.output_text.done",
+            "response.content_part.done",
+            "response.output_item.done",
+            "response.completed",
+        ]
+        numbers = [json.loads(line.split("data: ")[1])["sequence_number"] for line in lines]
+        assert numbers == list(range(len(lines)))

@@ -1,11 +1,14 @@
 """The story of a token request, every way it can end, over fakes."""
 
 import asyncio
+import dataclasses
 from contextlib import aclosing
 
+import msgspec
 import pytest
 
 from market import pricing
+from market.credit import Credit
 from market.errors import (
     ContextTooLong,
     EngineFailed,
@@ -15,53 +18,15 @@ from market.errors import (
     Overloaded,
     PermissionDenied,
 )
-from market.fakes import DirectSink, FakeClock, FakeEngine, FakeRoutes, MemoryLedger
-from market.inference import Inference
-from market.types import FinishReason, Principal, Role, Sampling, UsageQuality, UsageRecord
-from tests.samples import ACME, CARD, ROUTE, deposit
-
-PROMPT = tuple(range(10))
-
-
-class Market:
-    """A gateway's core over fakes."""
-
-    def __init__(self, engine, balance="1"):
-        self.engine, self._balance = engine, balance
-
-    async def start(self):
-        self.clock = FakeClock()
-        self.ledger = MemoryLedger(self.clock)
-        await self.ledger.create_tenant("acme")
-        await self.ledger.create_provider("local")
-        await self.ledger.add_rate_cards([CARD], only_new_models=False)
-        if self._balance != "0":
-            await self.ledger.transfer(deposit(self._balance))
-        self.sink = DirectSink(self.ledger)
-        await self.sink.start()
-        self.routes = FakeRoutes(ROUTE, CARD, self.engine)
-        self.inference = Inference(self.clock, self.ledger, self.sink, self.routes)
-        return self
-
-    async def ask(self, max_tokens=5, principal=ACME, prompt=PROMPT):
-        route = await self.routes.route("tiny", principal)
-        return await self.inference.admit(principal, route, prompt, Sampling(max_tokens))
-
-    async def answer(self, **asked):
-        admission = await self.ask(**asked)
-        return [event async for event in self.inference.stream(admission)]
-
-    async def settled(self):
-        """(the one record, balance in pico) after everything came to rest."""
-        await self.inference.drain()
-        account = await self.ledger.balance("acme")
-        assert account.held_pico == 0, "a hold was left open"
-        assert len(self.ledger.records) == 1
-        return self.ledger.records[0], account.balance_pico
+from market.fakes import FakeEngine
+from market.inference import Ask
+from market.types import FinishReason, Lane, Principal, Role, Sampling, UsageQuality, UsageRecord
+from tests.gateways import PROMPT, gateway
+from tests.samples import ACME, CARD, ROUTE
 
 
 async def market(engine=None, balance="1"):
-    return await Market(engine or FakeEngine(), balance).start()
+    return await gateway(engine or FakeEngine(), balance)
 
 
 class TestFinished:
@@ -152,7 +117,7 @@ class TestHangUp:
         record, _ = await here.settled()
         assert record.finish_reason is FinishReason.CLIENT_DISCONNECT
         assert record.charge_pico == 10 * CARD.input_pico + 2 * CARD.output_pico
-        assert here.engine.aborted == ["req-gw0-1-1"]
+        assert here.engine.aborted == ["req-gw0-1-0-1"]
 
     async def test_before_the_first_token_costs_nothing(self):
         here = await market(FakeEngine(gate=asyncio.Semaphore(0)))
@@ -187,26 +152,44 @@ class TestHangUp:
         record, _ = await here.settled()
         assert (record.finish_reason, record.output_tokens) == (FinishReason.LENGTH, 5)
 
-    async def test_while_the_hold_is_asked_for_leaves_no_hold(self):
+    async def test_while_money_is_asked_for_leaves_nothing(self):
         here = await market()
         asked, answered = asyncio.Event(), asyncio.Event()
-        real_open = here.ledger.open_hold
+        real_grant = here.grants.grant
 
-        async def slow_open(request):
-            result = await real_open(request)
+        async def slow_grant(ask):
             asked.set()
             await answered.wait()
-            return result
+            return await real_grant(ask)
 
-        here.ledger.open_hold = slow_open
+        here.grants.grant = slow_grant
         admitting = asyncio.ensure_future(here.ask())
         await asked.wait()
         admitting.cancel()
         await asyncio.gather(admitting, return_exceptions=True)
         answered.set()
+        here.grants.grant = real_grant
+        await here.answer()
         record, balance = await here.settled()
-        assert (record.charge_pico, balance) == (0, 10**12)
-        assert record.finish_reason is FinishReason.CLIENT_DISCONNECT
+        assert balance == 10**12 - record.charge_pico
+
+    async def test_while_it_waits_for_a_place_gives_everything_back(self):
+        here = await market(FakeEngine(gate=asyncio.Semaphore(0)))
+        here.routes._route = dataclasses.replace(ROUTE, places=1)
+        first = here.inference.stream(await here.ask())
+        running = asyncio.ensure_future(anext(first))
+        while not here.engine.requests:
+            await asyncio.sleep(0)
+        second = asyncio.ensure_future(anext(here.inference.stream(await here.ask())))
+        while here.queues.waiting()["tiny"] != (1, 1):
+            await asyncio.sleep(0)
+        for task in (second, running):
+            task.cancel()
+        await asyncio.gather(second, running, return_exceptions=True)
+        await here.rest()
+        assert here.queues.waiting()["tiny"] == (0, 0)
+        assert [r.charge_pico for r in here.ledger.records] == [0, 0]
+        assert (await here.ledger.balance("acme")).held_pico == 0
 
 
 class TestFaults:
@@ -215,8 +198,8 @@ class TestFaults:
         *chunks, record = await here.answer()
         assert len(chunks) == 5
         assert [request.request_id for request in here.engine.requests] == [
-            "req-gw0-1-1",
-            "req-gw0-1-2",
+            "req-gw0-1-0-1",
+            "req-gw0-1-0-2",
         ]
         assert (await here.settled())[0] == record
 
@@ -240,10 +223,9 @@ class TestFaults:
 
     async def test_engine_that_generates_too_much_is_our_fault(self):
         class Greedy(FakeEngine):
-            async def generate(self, request):
-                async for chunk in FakeEngine(stop_after=999).generate(
-                    type(request)(request.request_id, PROMPT, Sampling(999), "")
-                ):
+            async def generate(self, request, credit):
+                more = msgspec.structs.replace(request, sampling=Sampling(999))
+                async for chunk in super().generate(more, Credit(999, final=True)):
                     yield chunk
 
         here = await market(Greedy())
@@ -255,16 +237,17 @@ class TestFaults:
     async def test_gateway_that_dies_leaves_a_recovered_record(self):
         here = await market()
         await here.ask()
-        await DirectSink(here.ledger).start()
-        record, balance = await here.settled()
+        await here.sink.recover()
+        (record,) = here.ledger.records
+        balance = (await here.ledger.balance("acme")).available_pico
         assert record.usage_quality is UsageQuality.RECOVERED
         assert (record.finish_reason, record.charge_pico) == (FinishReason.MARKET_FAULT, 0)
         assert balance == 10**12
 
     async def test_replica_that_dies_after_its_last_chunk_has_answered(self):
         class DiesLate(FakeEngine):
-            async def generate(self, request):
-                async for chunk in super().generate(request):
+            async def generate(self, request, credit):
+                async for chunk in super().generate(request, credit):
                     yield chunk
                 raise EngineFailed("too late")
 
@@ -273,22 +256,80 @@ class TestFaults:
         assert (record.finish_reason, len(here.engine.requests)) == (FinishReason.LENGTH, 1)
         assert record.charge_pico > 0
 
-    async def test_ledger_that_does_not_answer_in_time_keeps_no_hold(self):
+    async def test_lost_answer_to_a_grant_loses_no_money(self):
         here = await market()
-        real_open, calls = here.ledger.open_hold, []
+        real_grant, calls = here.grants.grant, []
 
-        async def booked_but_not_answered(request):
-            calls.append(request)
-            result = await real_open(request)
+        async def booked_but_not_answered(ask):
+            calls.append(ask)
+            result = await real_grant(ask)
             if len(calls) == 1:
                 raise Overloaded("no answer", retry_after_s=0.001)
             return result
 
-        here.ledger.open_hold = booked_but_not_answered
+        here.grants.grant = booked_but_not_answered
         with pytest.raises(Overloaded):
             await here.ask()
+        await here.answer()
+        assert calls[1].opens.hold_id == calls[0].opens.hold_id
         record, balance = await here.settled()
-        assert (record.finish_reason, balance) == (FinishReason.MARKET_FAULT, 10**12)
+        assert balance == 10**12 - record.charge_pico
+
+
+class TestBlocks:
+    """Money follows the answer block by block."""
+
+    async def test_long_answer_is_paid_as_it_grows(self):
+        here = await market()
+        admission = await here.ask(max_tokens=900)
+        assert admission.reservation.pico == pricing.ceiling(10, 256, CARD)
+        *chunks, record = [event async for event in here.inference.stream(admission)]
+        assert (len(chunks), record.finish_reason) == (900, FinishReason.LENGTH)
+        assert record.charge_pico == pricing.ceiling(10, 900, CARD)
+
+    async def test_answer_waits_for_a_block_that_is_being_asked_for(self):
+        here = await market()
+        admission = await here.ask(max_tokens=900)
+        admission.reservation.slice.granted_pico = admission.reservation.slice.bound_pico
+        *chunks, record = [event async for event in here.inference.stream(admission)]
+        assert (len(chunks), record.finish_reason) == (900, FinishReason.LENGTH)
+
+    async def test_several_answers_share_the_prompt_and_pay_for_each(self):
+        here = await market(FakeEngine(cached_input_tokens=10))
+        *chunks, record = await here.answer(max_tokens=300, answers=3)
+        assert {chunk.index for chunk in chunks} == {0, 1, 2}
+        assert (record.input_tokens, record.output_tokens) == (10, 900)
+        assert record.cached_input_tokens == 10
+
+    async def test_several_prompts_are_one_request(self):
+        here = await market()
+        *chunks, record = await here.answer(prompts=((1, 2), (3, 4, 5)), answers=2)
+        assert {chunk.index for chunk in chunks} == {0, 1, 2, 3}
+        assert (record.input_tokens, record.output_tokens) == (5, 20)
+        assert len(here.ledger.records) == 1
+
+    async def test_seeds_differ_between_answers_to_one_prompt(self):
+        here = await market()
+        route = await here.routes.route("tiny", ACME)
+        ask = Ask((PROMPT,), Sampling(1, seed=7), answers=3)
+        admission = await here.inference.admit(ACME, route, ask)
+        [event async for event in here.inference.stream(admission)]
+        assert sorted(r.sampling.seed for r in here.engine.requests) == [7, 8, 9]
+
+    async def test_one_failing_answer_makes_the_request_free(self):
+        here = await market(FakeEngine(fail_at=2, failures=1))
+        with pytest.raises(EngineFailed):
+            await here.answer(answers=3)
+        record, balance = await here.settled()
+        assert (record.charge_pico, balance) == (0, 10**12)
+
+
+async def test_tokens_on_a_lease_cost_nothing_and_ask_for_no_money():
+    here = await market(balance="0")
+    here.routes._route = dataclasses.replace(ROUTE, lane=Lane.LEASE, lease_id="lease-1")
+    *_, record = await here.answer()
+    assert (record.charge_pico, record.slice_id, record.lease_id) == (0, None, "lease-1")
+    assert here.grants.asked == []
 
 
 class TestRejected:

@@ -144,7 +144,7 @@ class TestFirstHold:
         await market.ledger.register_producer("gw0")
         await market.ledger.open_hold(hold_request())
         await market.leasing.end_strangers()
-        assert await market.open_holds() == ["req-gw0-1"]
+        assert await market.open_holds() == ["slice-1"]
 
     async def test_of_a_known_lease_is_no_stranger(self, market):
         await market.grant(lease())

@@ -20,7 +20,7 @@ from market.ledger.publisher import Publisher, seal_interval
 from market.ledger.reports import UsageQuery
 from market.ledger.schema import encode_batch
 from market.ledger.service import Ledger
-from market.types import FinishReason, Principal, Role
+from market.types import FinishReason, HoldChange, Principal, Role
 from tests.contracts.test_ledger import CHARGE, WANTED, record
 from tests.samples import CARD, deposit, hold_request
 
@@ -53,13 +53,16 @@ class Box:
 
     async def serve(self, ledger, count=1, reason=FinishReason.STOP):
         """Book ``count`` requests in one batch."""
+        amount = count * CHARGE
+        hold_id = f"slice-{self._requests}"
+        hold = hold_request(hold_id, epoch=self.epoch, wanted_pico=amount, minimum_pico=amount)
+        await ledger.open_hold(hold)
         records = []
         for _ in range(count):
             self._requests += 1
-            request = hold_request(f"req-{self._requests}", epoch=self.epoch, **WANTED)
-            await ledger.open_hold(request)
-            records.append(record(request, reason))
+            records.append(record(hold, reason, request_id=f"req-{self._requests}"))
         self.seq = await ledger.append("gw0", self.epoch, self.seq, encode_batch(records))
+        await ledger.end_hold("gw0", self.epoch, hold_id)
 
     def usage(self):
         return pd.read_parquet(self.config.ledger_dir / "usage")
@@ -175,16 +178,15 @@ class TestRestart:
         with pytest.raises(Overloaded):
             await ledger.tenants()
 
-    async def test_recovered_requests_are_rows_of_their_own(self, box):
+    async def test_growth_of_a_hold_is_kept(self, box):
         async with box.open() as ledger:
             await box.prepare(ledger)
-            await ledger.open_hold(hold_request("req-lost", epoch=box.epoch, **WANTED))
-            await ledger.register_producer("gw0")
-            await ledger.publish()
-            (row,) = box.usage().to_dict("records")
-            assert row["request_id"] == "req-lost"
-            assert (row["producer"], row["usage_quality"]) == ("ledger", "recovered")
-            assert (row["finish_reason"], row["charge"]) == ("market_fault", 0)
+            await ledger.open_hold(hold_request("slice-1", epoch=box.epoch, **WANTED))
+            await ledger.resize_hold("gw0", box.epoch, HoldChange("slice-1", 4, 9 * CHARGE, 0))
+        async with box.open() as ledger:
+            (hold,) = await ledger.open_holds()
+            assert (hold.amount_pico, hold.version) == (9 * CHARGE, 4)
+            assert (await ledger.balance("acme")).held_pico == 9 * CHARGE
 
     async def test_second_ledger_on_the_same_folder_is_refused(self, box, monkeypatch):
         monkeypatch.setattr("market.ledger.service.LOCK_PATIENCE_S", 0.2)

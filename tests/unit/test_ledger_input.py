@@ -65,7 +65,7 @@ async def test_only_the_ledger_makes_corrections(box, kind):
     [
         {"tenant_id": "nobody"},
         {"provider_id": "nobody"},
-        {"request_id": "another"},
+        {"slice_id": None},
         {"slice_id": "no-slice"},
         {"currency": "EUR"},
         {"input_tokens": -100},

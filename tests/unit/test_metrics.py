@@ -9,7 +9,7 @@ from market.ledger.sealing import CHECKPOINT_EVERY
 from market.types import FinishReason
 from serve_apps.live import LiveRoutes
 from serve_apps.metrics import CountingSink, Metrics
-from tests.contracts.test_ledger import WANTED, record
+from tests.contracts.test_ledger import CHARGE, record
 from tests.samples import CARD, NOON, deposit, hold_request
 from tests.unit.test_ledger_files import Box
 
@@ -34,11 +34,11 @@ async def test_recorded_tokens_and_charges_are_counted_once_they_are_safe():
     inside = DirectSink(ledger)
     await inside.start()
     sink = CountingSink(inside, metrics)
-    await ledger.open_hold(hold_request("r", **WANTED))
-    made = record(hold_request("r", **WANTED))
-    await sink.record(made)
-    with pytest.raises(Exception, match="ended before"):
-        await sink.record(made)
+    hold = hold_request("r", wanted_pico=CHARGE, minimum_pico=CHARGE)
+    await ledger.open_hold(hold)
+    await sink.record(record(hold))
+    with pytest.raises(Exception, match="has only 0 left"):
+        await sink.record(record(hold))
     page = metrics.page(STATUS, [], NOON).decode()
     labels = 'lane="tokens",model="tiny",provider="local"'
     assert f'market_tokens_total{{kind="output",{labels}}} 10.0' in page
@@ -66,7 +66,7 @@ async def test_model_without_a_price_is_an_alarm(tmp_path, caplog):
 
     metrics = Metrics()
     config = Config(tmp_path, "http://127.0.0.1:1")
-    routes = LiveRoutes(config, None, NoPrices(), None, metrics.unpriced)
+    routes = LiveRoutes(config, None, NoPrices(), dict, None, metrics.unpriced)
     with pytest.raises(NotFound, match="no price"):
         await routes.rate_card("tiny")
     page = metrics.page(STATUS, [], NOON).decode()

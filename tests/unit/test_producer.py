@@ -72,16 +72,42 @@ async def producer(ledger, tmp_path):
     await producer.stop()
 
 
-async def finished(ledger, producer):
+async def finished(ledger, producer, **changes):
+    """The record of a request that is under way until it is recorded."""
     name, epoch = producer.identity()
-    request = hold_request(producer.next_request_id(), producer=name, epoch=epoch, **WANTED)
-    await ledger.open_hold(request)
-    return record(request)
+    money = {"wanted_pico": 10**12, "minimum_pico": 10**12}
+    hold = hold_request(f"slice-{name}-{epoch}", producer=name, epoch=epoch, **money)
+    await ledger.open_hold(hold)
+    made = record(hold, request_id=producer.next_request_id(), **changes)
+    producer.begin(
+        msgspec.structs.replace(
+            made,
+            input_tokens=0,
+            cached_input_tokens=0,
+            output_tokens=0,
+            charge_pico=0,
+            finish_reason=FinishReason.MARKET_FAULT,
+            usage_quality=UsageQuality.RECOVERED,
+        )
+    )
+    return made
+
+
+class Died(BaseException):
+    """The process would be gone."""
+
+
+def dies_at(point):
+    def reach(name):
+        if name == point:
+            raise Died
+
+    return reach
 
 
 @contextlib.asynccontextmanager
 async def killed(ledger, folder, name="gw0"):
-    """A producer whose process dies: its sender ends, its locks go, its spool stays."""
+    """A producer whose process dies: its sender ends, its locks go, its files stay."""
     producer = Producer(ledger, name, folder)
     await producer.start()
     ledger.mishaps = [Overloaded("away", retry_after_s=60)] * 3
@@ -89,6 +115,7 @@ async def killed(ledger, folder, name="gw0"):
     producer._sender.cancel()
     await asyncio.gather(producer._sender, return_exceptions=True)
     producer._spool.close()
+    producer._inflight.close(keep=True)
     ledger.mishaps = []
 
 
@@ -129,12 +156,12 @@ async def test_batch_that_got_no_answer_is_sent_again_as_it_was(ledger, producer
 
 
 @pytest.mark.parametrize("flaw", [{"charge_pico": CHARGE + 1}, {"price_id": "price-none"}])
-async def test_refused_record_takes_no_neighbour_along_and_its_hold_returns(ledger, producer, flaw):
+async def test_refused_record_takes_no_neighbour_along(ledger, producer, flaw):
     good = [await finished(ledger, producer) for _ in range(3)]
     bad = msgspec.structs.replace(await finished(ledger, producer), **flaw)
     await asyncio.gather(*map(producer.record, [good[0], bad, *good[1:]]))
     account = await ledger.balance("acme")
-    assert (account.balance_pico, account.held_pico) == (10 * 10**12 - 3 * CHARGE, 0)
+    assert account.balance_pico == 10 * 10**12 - 3 * CHARGE
     in_its_place = ledger.records[1]
     assert (in_its_place.request_id, in_its_place.charge_pico) == (bad.request_id, 0)
     assert in_its_place.finish_reason is FinishReason.MARKET_FAULT
@@ -142,12 +169,12 @@ async def test_refused_record_takes_no_neighbour_along_and_its_hold_returns(ledg
 
 
 async def test_record_whose_hold_is_gone_leaves_no_gap(ledger, producer):
-    lost = msgspec.structs.replace(await finished(ledger, producer), request_id="req-of-nobody")
+    lost = await finished(ledger, producer, slice_id="slice-of-nobody")
     await producer.record(lost)
     good = await finished(ledger, producer)
     await producer.record(good)
     assert [r.request_id for r in ledger.records] == [None, good.request_id]
-    assert dict(ledger.records[0].attrs) == {"refused_request": "req-of-nobody"}
+    assert dict(ledger.records[0].attrs) == {"refused_request": lost.request_id}
     assert (await ledger.balance("acme")).balance_pico == 10 * 10**12 - CHARGE
 
 
@@ -156,7 +183,6 @@ async def test_record_that_fits_no_column_is_refused_and_sending_goes_on(ledger,
     with pytest.raises(MarketFault):
         await producer.record(bad)
     await producer.record(await finished(ledger, producer))
-    assert (await ledger.balance("acme")).held_pico == 0
     assert ledger.records[0].price_id == NO_PRICE.price_id
 
 
@@ -167,7 +193,7 @@ async def test_fenced_producer_says_so_and_sends_no_more(ledger, producer):
         await producer.record(mine)
     with pytest.raises(MarketFault, match="fenced"):
         producer.check()
-    assert [r.usage_quality for r in ledger.records] == [UsageQuality.RECOVERED]
+    assert ledger.records == []
 
 
 async def test_outcome_that_nobody_can_know_ends_the_sender(ledger, producer):
@@ -205,7 +231,36 @@ class TestOrphans:
         assert ledger.records[-1].usage_quality is UsageQuality.RECOVERED
         account = await ledger.balance("acme")
         assert (account.balance_pico, account.held_pico) == (10 * 10**12 - 5 * CHARGE, 0)
-        assert list(tmp_path.glob("*.spool")) == []
+        assert [path.name for path in tmp_path.glob("gw*")] == []
+
+    async def test_sweep_that_is_killed_is_done_again(self, ledger, tmp_path, monkeypatch):
+        """At each step: nothing twice, and what was finished is not called unfinished."""
+        async with killed(ledger, tmp_path) as dead:
+            done = await finished(ledger, dead)
+            await dead.record(done)
+            lost = [await finished(ledger, dead) for _ in range(3)]
+            dead._inflight.add(done)  # killed between the two lines that record and forget it
+        for point in ("swept", "recovered"):
+            with monkeypatch.context() as patch:
+                patch.setattr("market.ledger.producer.crash.reach", dies_at(point))
+                with pytest.raises(Died):
+                    await Producer(ledger, "gw0", tmp_path).start()
+        successor = Producer(ledger, "gw0", tmp_path)
+        await successor.start()
+        await successor.stop()
+        booked = [r.request_id for r in ledger.records]
+        assert sorted(booked) == sorted(r.request_id for r in [done, *lost])
+        assert (await ledger.balance("acme")).held_pico == 0
+
+    async def test_living_gateway_sees_to_one_that_died(self, ledger, tmp_path):
+        living = Producer(ledger, "gw1", tmp_path)
+        await living.start()
+        async with killed(ledger, tmp_path) as dead:
+            lost = await finished(ledger, dead)
+        await living.sweep_others()
+        assert [r.request_id for r in ledger.records] == [lost.request_id]
+        assert (await ledger.balance("acme")).held_pico == 0
+        await living.stop()
 
     async def test_orphan_of_another_slot_is_swept_and_its_producer_fenced(self, ledger, tmp_path):
         async with killed(ledger, tmp_path, "gw7") as dead:
@@ -224,7 +279,7 @@ class TestOrphans:
         successor = Producer(ledger, "gw0", tmp_path)
         await successor.start()
         await successor.stop()
-        assert [r.charge_pico for r in ledger.records] == [0]
+        assert ledger.records == []
         assert [path.suffix for path in tmp_path.glob("gw0*")] == [".refused"]
 
     async def test_two_processes_that_start_at_once_do_not_fence_each_other_s_orphans(

@@ -2,7 +2,6 @@
 
 from decimal import Decimal
 
-import msgspec
 import pandas as pd
 import pytest
 
@@ -108,11 +107,9 @@ class TestWholeRequest:
 
     async def test_of_a_request_of_a_slice_touches_no_hold(self, ledger, box):
         amount = 10 * CHARGE
-        shared = hold_request(
-            "slice-1", epoch=box.epoch, wanted_pico=amount, minimum_pico=amount, shared=True
-        )
+        shared = hold_request("slice-9", epoch=box.epoch, wanted_pico=amount, minimum_pico=amount)
         await ledger.open_hold(shared)
-        drawn = msgspec.structs.replace(record(shared), request_id="req-9", slice_id="slice-1")
+        drawn = record(shared, request_id="req-9")
         await ledger.append("gw0", box.epoch, box.seq, encode_batch([drawn]))
         await ledger.refund(refund(request_id="req-9"))
         account = await ledger.balance("acme")

@@ -84,13 +84,11 @@ class Months(Box):
         self._requests += 1
         name, cost = f"req-{self._requests}", charge(card, number)
         request = hold_request(
-            name,
+            f"slice-{name}",
             **{
                 "epoch": self.epoch,
                 "tenant_id": tenant,
-                "provider_id": provider,
                 "model": card.model,
-                "price_id": card.price_id,
                 "wanted_pico": cost,
                 "minimum_pico": cost,
                 "started_at": self.clock.now(),
@@ -98,9 +96,11 @@ class Months(Box):
             | changes,
         )
         await ledger.open_hold(request)
-        made = record(request, FinishReason.STOP, counts(number))
+        about = {"request_id": name, "provider_id": provider, "price_id": card.price_id}
+        made = record(request, FinishReason.STOP, counts(number), **about)
         made = with_charge(made, charge(card, number))
         self.seq = await ledger.append("gw0", self.epoch, self.seq, encode_batch([made]))
+        await ledger.end_hold("gw0", self.epoch, request.hold_id)
         return name, cost
 
     async def month(self, ledger):

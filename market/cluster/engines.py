@@ -1,0 +1,33 @@
+"""Which engines there are: ours, and those of installed packages."""
+
+import importlib.util
+from importlib.metadata import entry_points
+
+from market.errors import InvalidRequest
+
+ENGINES = {
+    "transformers": "serve_apps.engines.transformers:start",
+    "vllm": "serve_apps.engines.vllm:start",
+}
+GROUP = "market.engines"
+
+
+def engine_paths() -> dict[str, str]:
+    """Name -> ``module:function`` that starts it.
+
+    A package adds an engine by an entry point of the group ``market.engines``.
+    """
+    return {entry.name: entry.value for entry in entry_points(group=GROUP)} | ENGINES
+
+
+def require_engine(name: str) -> None:
+    """Raises InvalidRequest if there is no such engine or it is not installed."""
+    paths = engine_paths()
+    if name not in paths:
+        known = " or ".join(sorted(paths))
+        raise InvalidRequest(f"engine {name!r} is unknown; use {known}", param="engine")
+    if name in ENGINES and importlib.util.find_spec(name) is None:
+        raise InvalidRequest(
+            f"engine {name} is not installed here; run: scripts/setup --engine {name}",
+            param="engine",
+        )

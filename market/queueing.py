@@ -1,0 +1,163 @@
+"""Requests wait for a place at a pool, in fair order, in bounded queues, never in vain for long."""
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from market import fairness
+from market.errors import Overloaded, SlowDown
+from market.fairness import FairQueue, PoolReport, PoolShare
+from market.ports import Clock
+
+WAITING_MAX = 1024
+WAITING_MAX_PER_TENANT = 256
+# A request that would wait longer than this is refused at once, with the time after which to come
+# again: a queue longer than anybody's patience serves only those who have left.
+WAIT_MAX_S = 20.0
+RATE_TAU_S = 10.0
+IDLE_POOL_S = 300.0
+
+
+@dataclass(slots=True)
+class _Pool:
+    queue: FairQueue
+    waiters: dict[str, tuple[str, "asyncio.Future[None]"]] = field(default_factory=dict)
+    finished_per_s: float = 0.0
+    finished_s: float | None = None
+    used_s: float = 0.0
+
+
+class Queues:
+    """One FairQueue per pool, with whoever waits in it.
+
+    A pool is named by its model, a lease's replicas by the lease.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._pools: dict[str, _Pool] = {}
+
+    def check(self, pool_name: str, tenant: str) -> None:
+        """Raises SlowDown if a request of this tenant would be refused; costs nothing."""
+        pool = self._pools.get(pool_name)
+        if pool is None:
+            return
+        wait_s = self._expected_wait_s(pool, tenant)
+        if pool.queue.is_full(tenant) or wait_s > WAIT_MAX_S:
+            own = pool.queue.waiting_of(tenant)
+            raise SlowDown(
+                f"{own} of your requests wait for {pool_name}; expected wait {wait_s:.0f} s",
+                retry_after_s=max(1.0, wait_s - WAIT_MAX_S / 2),
+            )
+
+    async def enter(  # who, where, how much
+        self, pool_name: str, request_id: str, tenant: str, weight: int, work: float, places: int
+    ) -> None:
+        """Wait for a place. Raises SlowDown or Overloaded if the queue is full or too slow.
+
+        ``places`` is the pool's size as far as is known, until the scheduler has said it.
+        """
+        pool = self._pools.get(pool_name)
+        if pool is None:
+            queue = FairQueue(places, WAITING_MAX, WAITING_MAX_PER_TENANT)
+            pool = self._pools[pool_name] = _Pool(queue)
+        self.check(pool_name, tenant)
+        pool.used_s = self._clock.monotonic()
+        pool.queue.add(request_id, tenant, weight, work)
+        future = asyncio.get_running_loop().create_future()
+        pool.waiters[request_id] = (tenant, future)
+        self._serve(pool)
+        try:
+            if not future.done():
+                async with asyncio.timeout(2 * WAIT_MAX_S):
+                    await future
+        except TimeoutError:
+            self._give_up(pool, request_id, tenant)
+            raise Overloaded(
+                f"no place at {pool_name} within {2 * WAIT_MAX_S:.0f} s", retry_after_s=WAIT_MAX_S
+            ) from None
+        except asyncio.CancelledError:
+            self._give_up(pool, request_id, tenant)
+            raise
+
+    def serve(self, pool_name: str, request_id: str, output_tokens: int) -> None:
+        """A request was given output tokens."""
+        pool = self._pools.get(pool_name)
+        if pool is not None:
+            pool.queue.serve(request_id, output_tokens)
+
+    def leave(self, pool_name: str, request_id: str) -> None:
+        """A request has ended: its place is free."""
+        pool = self._pools.get(pool_name)
+        if pool is None:
+            return
+        now_s = self._clock.monotonic()
+        if pool.finished_s is not None:
+            passed_s = max(1e-6, now_s - pool.finished_s)
+            share = min(1.0, passed_s / RATE_TAU_S)
+            pool.finished_per_s += share * (1 / passed_s - pool.finished_per_s)
+        pool.finished_s = pool.used_s = now_s
+        pool.queue.finish(request_id)
+        self._serve(pool)
+
+    def reports(self) -> dict[str, PoolReport]:
+        """What the scheduler must know of each pool; forgets pools that nobody uses."""
+        now_s = self._clock.monotonic()
+        for name, pool in list(self._pools.items()):
+            idle = not pool.queue.running and not pool.queue.waiting
+            if idle and now_s - pool.used_s > IDLE_POOL_S:
+                del self._pools[name]
+        return {
+            name: PoolReport(
+                running=pool.queue.running,
+                waiting=pool.queue.waiting,
+                service=dict(pool.queue.service),
+                weights=pool.queue.weights(),
+                backlogged=pool.queue.counters.active,
+                counters=pool.queue.counters.snapshot(),
+            )
+            for name, pool in self._pools.items()
+        }
+
+    def take_shares(self, shares: Iterable[tuple[str, PoolShare]]) -> None:
+        """What the scheduler says of pools."""
+        for name, share in shares:
+            pool = self._pools.get(name)
+            if pool is not None:
+                fairness.merge(pool.queue, share)
+                self._serve(pool)
+
+    def waiting(self) -> dict[str, tuple[int, int]]:
+        """(running, waiting) by pool."""
+        return {name: (p.queue.running, p.queue.waiting) for name, p in self._pools.items()}
+
+    def _serve(self, pool: _Pool) -> None:
+        while True:
+            request_id = pool.queue.take()
+            if request_id is None:
+                return
+            _, future = pool.waiters.pop(request_id)
+            if not future.done():
+                future.set_result(None)
+
+    def _give_up(self, pool: _Pool, request_id: str, tenant: str) -> None:
+        if pool.waiters.pop(request_id, None) is not None:
+            pool.queue.cancel(request_id, tenant)
+        else:  # it was its turn in this very moment
+            pool.queue.finish(request_id)
+            self._serve(pool)
+
+    def _expected_wait_s(self, pool: _Pool, tenant: str) -> float:
+        """How long a request that comes now waits, if the pool goes on at its rate.
+
+        Turns go round by weight, so it is the tenant's own queue that it waits for, over the
+        tenant's share of the rate.
+        """
+        queue = pool.queue
+        own = queue.waiting_of(tenant)
+        if own == 0 or pool.finished_per_s <= 0:
+            return 0.0
+        weights = queue.weights()
+        active = queue.counters.active | {tenant}
+        share = weights.get(tenant, 1) / sum(weights.get(name, 1) for name in active)
+        return (own + 1) / (pool.finished_per_s * share)

@@ -1,0 +1,178 @@
+"""Token slices and shares of pools: what gateways ask for, and what they are told of each other."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from market.accounts import HoldResult
+from market.fairness import PoolLedger, PoolReport, PoolShare
+from market.ports import Clock
+from market.types import HoldChange, HoldRequest, RouteTable, SliceAsk
+
+logger = logging.getLogger(__name__)
+
+# A gateway that has said nothing for so long has no part in pools any more.
+SILENT_S = 5.0
+# Other gateways are asked to give a tenant's money back for so long after it was missed.
+RECALL_S = 2.0
+# While a pool is contended, a slice pays for so many seconds of its tenant's fair share.
+SHARE_S = 2.0
+RATE_TAU_S = 10.0
+
+
+class SliceLedger(Protocol):
+    """The part of the ledger that keeps slices."""
+
+    async def open_hold(self, request: HoldRequest) -> HoldResult:
+        """Set money aside."""
+        ...
+
+    async def resize_hold(self, producer: str, epoch: int, change: HoldChange) -> HoldResult:
+        """Let a hold grow or shrink."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayReport:
+    """What a gateway says twice a second. ``limited_keys`` were used lately and have limits."""
+
+    producer: str
+    epoch: int
+    pools: Mapping[str, PoolReport]
+    limited_keys: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayOrders:
+    """What it is told: routes, its part of pools and of keys' limits, whose money to give back.
+
+    ``key_parts``: (this gateway's number, how many gateways) that share a key's limits.
+    """
+
+    routes: RouteTable
+    pools: Mapping[str, PoolShare]
+    key_parts: Mapping[str, tuple[int, int]]
+    recalls: frozenset[str]
+
+
+@dataclass(slots=True)
+class _Gateway:
+    heard_s: float
+    report: GatewayReport
+
+
+class Shares:
+    """Merges what gateways report; grants slices. All of it is in memory: gateways say it again."""
+
+    def __init__(self, clock: Clock, ledger: SliceLedger) -> None:
+        self._clock = clock
+        self._ledger = ledger
+        self._gateways: dict[str, _Gateway] = {}
+        self._pools: dict[str, PoolLedger] = {}
+        self._rates: dict[str, tuple[float, float]] = {}
+        self._recalls: dict[str, tuple[str, float]] = {}
+
+    async def grant(self, ask: SliceAsk) -> HoldResult:
+        """Open or grow a slice: what is asked, or where tenants wait, at most a fair share ahead.
+
+        Raises Conflict if the gateway is fenced.
+        """
+        if ask.opens is not None:
+            wanted = self._sized(ask, ask.opens.wanted_pico, ask.opens.minimum_pico)
+            result = await self._ledger.open_hold(replace(ask.opens, wanted_pico=wanted))
+        else:
+            assert ask.changes is not None
+            wanted = self._sized(ask, ask.changes.wanted_pico, ask.changes.minimum_pico)
+            change = replace(ask.changes, wanted_pico=wanted)
+            result = await self._ledger.resize_hold(ask.producer, ask.epoch, change)
+        if result.hold is None and result.elsewhere_pico:
+            until_s = self._clock.monotonic() + RECALL_S
+            self._recalls[ask.tenant_id] = (ask.producer, until_s)
+        return result
+
+    def sync(self, report: GatewayReport, routes: RouteTable) -> GatewayOrders:
+        """Take a gateway's report; tell it its shares."""
+        now_s = self._clock.monotonic()
+        known = self._gateways.get(report.producer)
+        if known is not None and known.report.epoch != report.epoch:
+            self._drop(report.producer)
+        self._gateways[report.producer] = _Gateway(now_s, report)
+        for name in [n for n, g in self._gateways.items() if now_s - g.heard_s > SILENT_S]:
+            logger.warning("gateway %s is silent", name)
+            self._drop(name)
+        for pool_name, own in report.pools.items():
+            pool = self._pools.setdefault(pool_name, PoolLedger())
+            self._measure(pool_name, report.producer, own, now_s)
+            pool.report(report.producer, own)
+        places = pool_places(routes)
+        recalls = {
+            tenant
+            for tenant, (asker, until_s) in self._recalls.items()
+            if now_s < until_s and asker != report.producer
+        }
+        return GatewayOrders(
+            routes=routes,
+            pools={
+                name: self._pools[name].share(report.producer, places.get(name))
+                for name in report.pools
+            },
+            key_parts=self._key_parts(report),
+            recalls=frozenset(recalls),
+        )
+
+    def contended(self, pool_name: str) -> bool:
+        """Whether anybody waits for a pool."""
+        pool = self._pools.get(pool_name)
+        return pool is not None and pool.contended
+
+    def _sized(self, ask: SliceAsk, wanted_pico: int, minimum_pico: int) -> int:
+        pool = self._pools.get(ask.model)
+        if pool is None or not pool.contended:
+            return wanted_pico
+        weights = self._weights(ask.model) | {ask.tenant_id: ask.weight}
+        active = pool.counters.active | {ask.tenant_id}
+        part = ask.weight / sum(weights.get(name, 1) for name in active)
+        rate = self._rates.get(ask.model, (0.0, 0.0))[0]
+        ahead_pico = round(rate * SHARE_S * part / max(1, len(self._gateways)) * ask.output_pico)
+        return max(minimum_pico, min(wanted_pico, minimum_pico + ahead_pico))
+
+    def _measure(self, pool_name: str, producer: str, report: PoolReport, now_s: float) -> None:
+        """Weighted tokens per second that a pool gives, over all gateways."""
+        before = self._pools[pool_name].service_of(producer)
+        work = sum(
+            max(0.0, served - (before or {}).get(tenant, 0.0))
+            for tenant, served in report.service.items()
+        )
+        rate, at_s = self._rates.get(pool_name, (0.0, now_s))
+        kept = max(0.0, 1 - (now_s - at_s) / RATE_TAU_S)
+        counted = 0.0 if before is None else work
+        self._rates[pool_name] = (rate * kept + counted / RATE_TAU_S, now_s)
+
+    def _weights(self, pool_name: str) -> dict[str, int]:
+        weights: dict[str, int] = {}
+        for gateway in self._gateways.values():
+            report = gateway.report.pools.get(pool_name)
+            weights |= {} if report is None else dict(report.weights)
+        return weights
+
+    def _key_parts(self, report: GatewayReport) -> dict[str, tuple[int, int]]:
+        parts = {}
+        for key in report.limited_keys:
+            users = [n for n, g in self._gateways.items() if key in g.report.limited_keys]
+            parts[key] = (sorted(users).index(report.producer), len(users))
+        return parts
+
+    def _drop(self, producer: str) -> None:
+        self._gateways.pop(producer, None)
+        for pool in self._pools.values():
+            pool.remove(producer)
+
+
+def pool_places(routes: RouteTable) -> dict[str, int]:
+    """How many answers each pool's ready replicas can generate at once."""
+    places: dict[str, int] = {}
+    for route in routes.ready:
+        name = route.lease_id or route.model
+        places[name] = places.get(name, 0) + route.places
+    return places

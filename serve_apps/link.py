@@ -1,0 +1,426 @@
+"""The link: how answers travel from a replica to the gateways that asked.
+
+Ray moves each chunk of a stream through its object store and two event loops, about a millisecond
+of CPU; thousands of chunks a second pass here. So gateways reach a replica through its Serve handle
+only to learn its address and secret, and then hold one TCP connection to it for all of their
+streams. Frames are a length and msgpack.
+
+What a gateway has not taken yet is not sent: at most ``WINDOW`` frames are under way, and what
+comes meanwhile is merged. So chunks stay single tokens while there is time and grow under load,
+and a slow gateway needs no memory here.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import secrets
+import socket
+import struct
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import msgspec
+
+from market import errors
+from market.credit import Credit
+from market.errors import EngineFailed, MarketError, Overloaded
+from market.types import EngineChunk, EngineRequest
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 2
+FRAME_MAX_BYTES = 64 * 2**20
+SECRET_MAX_BYTES = 256
+CONNECT_TIMEOUT_S = 5.0
+CLOSE_POLL_S = 0.5
+KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 5, 2, 3
+_LENGTH = struct.Struct("<I")
+
+
+class Open(msgspec.Struct, array_like=True, tag=0):
+    """Begin a stream."""
+
+    stream: int
+    request: EngineRequest
+    credit: int
+    final: bool
+
+
+class Extend(msgspec.Struct, array_like=True, tag=1):
+    """More tokens are paid for; with ``final`` no more will be."""
+
+    stream: int
+    credit: int
+    final: bool
+
+
+class Abort(msgspec.Struct, array_like=True, tag=2):
+    """Nobody reads the stream any more."""
+
+    stream: int
+
+
+class Taken(msgspec.Struct, array_like=True, tag=3):
+    """The gateway has passed so many frames on."""
+
+    frames: int
+
+
+class Failure(msgspec.Struct, array_like=True):
+    """A MarketError on its way; ``kind`` is the name of its class."""
+
+    kind: str
+    message: str
+    code: str
+    param: str | None
+    retry_after_s: float | None
+
+
+class Piece(msgspec.Struct, array_like=True):
+    """News of one stream: a chunk, its failure, or (neither) its end."""
+
+    stream: int
+    chunk: EngineChunk | None = None
+    failure: Failure | None = None
+
+
+Asked = Open | Extend | Abort | Taken
+_encoder = msgspec.msgpack.Encoder()
+_asked = msgspec.msgpack.Decoder(Asked)
+_pieces = msgspec.msgpack.Decoder(list[Piece])
+
+Generate = Callable[[EngineRequest, Credit], AsyncGenerator[EngineChunk, None]]
+
+
+def merge(chunks: list[EngineChunk]) -> EngineChunk:
+    """Consecutive chunks as one: what accumulates joined, counts and reason of the last."""
+    if len(chunks) == 1:
+        return chunks[0]
+    first, last = chunks[0], chunks[-1]
+    logprobs = deltas = None
+    if any(chunk.logprobs is not None for chunk in chunks):
+        logprobs = tuple(place for chunk in chunks for place in chunk.logprobs or ())
+    if any(chunk.deltas is not None for chunk in chunks):
+        deltas = tuple(delta for chunk in chunks for delta in chunk.deltas or ())
+    return EngineChunk(
+        text="".join([chunk.text for chunk in chunks]),
+        token_ids=tuple([token for chunk in chunks for token in chunk.token_ids]),
+        counts=last.counts,
+        finish_reason=last.finish_reason,
+        replica=first.replica,
+        served_tokens=last.served_tokens,
+        logprobs=logprobs,
+        deltas=deltas,
+        prompt_logprobs=first.prompt_logprobs,
+        stop_reason=last.stop_reason,
+    )
+
+
+class LinkServer:
+    """The replica's end: serves ``generate`` to gateways that know the secret."""
+
+    def __init__(self, generate: Generate) -> None:
+        self._generate = generate
+        self._server: asyncio.Server | None = None
+        self._peers: set[_Peer] = set()
+        self.secret = secrets.token_urlsafe(32)
+        self.port = 0
+
+    async def start(self, host: str) -> None:
+        """Listen on any free port of ``host``."""
+        self._server = await asyncio.start_server(self._serve, host, 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    @property
+    def streams(self) -> int:
+        """Answers under way."""
+        return sum(len(peer.tasks) for peer in self._peers)
+
+    async def stop(self, patience_s: float) -> None:
+        """Take no new streams; end those that are still under way after ``patience_s``."""
+        if self._server is not None:
+            self._server.close()
+        tasks = []
+        for peer in self._peers:
+            peer.closing = True
+            tasks += list(peer.tasks.values())
+        if tasks:
+            await asyncio.wait(tasks, timeout=patience_s)
+        for peer in list(self._peers):
+            await peer.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tune(writer)
+        peer = None
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                shown = await _read(reader, SECRET_MAX_BYTES)
+            if not hmac.compare_digest(shown, self.secret.encode()):
+                logger.warning("a connection without the secret was closed")
+                return
+            peer = _Peer(self._generate, writer)
+            self._peers.add(peer)
+            while True:
+                peer.take(_asked.decode(await _read(reader)))
+        except (OSError, TimeoutError, asyncio.IncompleteReadError, msgspec.DecodeError):
+            pass  # the gateway is gone, or was none
+        finally:
+            if peer is not None:
+                self._peers.discard(peer)
+                await peer.close()
+            writer.close()
+
+
+class _Peer:
+    """One gateway: its streams, and what waits to be sent to it."""
+
+    def __init__(self, generate: Generate, writer: asyncio.StreamWriter) -> None:
+        self._generate = generate
+        self._writer = writer
+        self._credits: dict[int, Credit] = {}
+        self._waiting: dict[int, list[EngineChunk]] = {}
+        self._ended: list[Piece] = []
+        self._under_way = 0
+        self._news = asyncio.Event()
+        self._sender = asyncio.create_task(self._send())
+        self.tasks: dict[int, asyncio.Task[None]] = {}
+        self.closing = False
+
+    def take(self, asked: Asked) -> None:
+        """Do what the gateway asks."""
+        match asked:
+            case Open(stream, request, tokens, final):
+                if self.closing:
+                    leaving = Overloaded("this replica is going down", retry_after_s=1)
+                    self._ended.append(Piece(stream, None, _failure(leaving)))
+                    self._news.set()
+                    return
+                credit = self._credits[stream] = Credit(tokens, final)
+                self.tasks[stream] = asyncio.create_task(self._run(stream, request, credit))
+            case Extend(stream, tokens, final):
+                if stream in self._credits:
+                    self._credits[stream].extend(tokens, final)
+            case Abort(stream):
+                if stream in self.tasks:
+                    self.tasks[stream].cancel()
+            case Taken(frames):
+                self._under_way -= frames
+                self._news.set()
+
+    async def close(self) -> None:
+        """Nobody reads any more: abort what is under way."""
+        running = [*self.tasks.values(), self._sender]
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+    async def _run(self, stream: int, request: EngineRequest, credit: Credit) -> None:
+        failure = None
+        try:
+            chunks = self._generate(request, credit)
+            async with contextlib.aclosing(chunks):
+                async for chunk in chunks:
+                    self._waiting.setdefault(stream, []).append(chunk)
+                    self._news.set()
+        except MarketError as error:
+            failure = _failure(error)
+        except Exception as error:
+            logger.exception("stream %s broke", request.request_id)
+            failure = _failure(EngineFailed(f"the engine failed: {type(error).__name__}: {error}"))
+        finally:
+            del self.tasks[stream]
+            del self._credits[stream]
+        self._ended.append(Piece(stream, None, failure))
+        self._news.set()
+
+    async def _send(self) -> None:
+        """Frames, as fast as the gateway takes them: with each goes all there is."""
+        with contextlib.suppress(OSError):
+            while True:
+                await self._news.wait()
+                self._news.clear()
+                if self._under_way >= WINDOW or not (self._waiting or self._ended):
+                    continue
+                pieces = [Piece(stream, merge(new)) for stream, new in self._waiting.items()]
+                pieces += self._ended
+                self._waiting.clear()
+                self._ended.clear()
+                self._under_way += 1
+                _write(self._writer, _encoder.encode(pieces))
+                await self._writer.drain()
+
+
+class Link:
+    """The gateway's end: an Engine port over one connection, made again when it is lost."""
+
+    def __init__(self, address: Callable[[], Any]) -> None:
+        """``address`` is a coroutine function that returns (host, port, secret)."""
+        self._address = address
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._connecting = asyncio.Lock()
+        self._streams: dict[int, _Stream] = {}
+        self._last = 0
+
+    @property
+    def streams(self) -> int:
+        """Answers under way through this link."""
+        return len(self._streams)
+
+    async def generate(
+        self, request: EngineRequest, credit: Credit
+    ) -> AsyncGenerator[EngineChunk, None]:
+        """Stream from the replica; closing the iterator aborts the answer there.
+
+        Raises EngineFailed if the replica cannot be reached or dies.
+        """
+        writer = await self._connected()
+        self._last += 1
+        number = self._last
+        stream = self._streams[number] = _Stream()
+        credit.on_extend = lambda: self._extend(number, credit)
+        try:
+            self._send(writer, Open(number, request, credit.tokens, credit.final))
+            while True:
+                chunk = await stream.next()
+                if chunk is None:
+                    return
+                yield chunk
+        finally:
+            credit.on_extend = None
+            del self._streams[number]
+            if not stream.ended:
+                self._send(writer, Abort(number))
+
+    async def close(self) -> None:
+        """Close the connection as soon as no stream is under way: a replica drains."""
+        while self._streams:
+            await asyncio.sleep(CLOSE_POLL_S)
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.gather(self._reading, return_exceptions=True)
+
+    def _extend(self, number: int, credit: Credit) -> None:
+        if self._writer is not None:
+            self._send(self._writer, Extend(number, credit.tokens, credit.final))
+
+    def _send(self, writer: asyncio.StreamWriter, asked: Asked) -> None:
+        with contextlib.suppress(OSError):  # the reader notices, too, and says so to all streams
+            _write(writer, _encoder.encode(asked))
+
+    async def _connected(self) -> asyncio.StreamWriter:
+        if self._writer is not None:
+            return self._writer
+        async with self._connecting:
+            return self._writer or await self._connect()
+
+    async def _connect(self) -> asyncio.StreamWriter:
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                host, port, secret = await self._address()
+                reader, writer = await asyncio.open_connection(host, port)
+        except (OSError, TimeoutError) as error:
+            raise EngineFailed(f"the replica cannot be reached: {error!r}") from error
+        tune(writer)
+        _write(writer, secret.encode())
+        self._writer = writer
+        self._reading = asyncio.create_task(self._read_forever(reader, writer))
+        return writer
+
+    async def _read_forever(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                for piece in _pieces.decode(await _read(reader)):
+                    stream = self._streams.get(piece.stream)
+                    if stream is not None:
+                        stream.put(piece)
+                # The streams just woken run before this callback: their chunks are passed on.
+                loop.call_soon(self._send, writer, Taken(1))
+        except (OSError, asyncio.IncompleteReadError, msgspec.DecodeError) as error:
+            logger.info("link lost: %r", error)
+        finally:
+            self._writer = None
+            writer.close()
+            lost = _failure(EngineFailed("the replica is gone"))
+            for stream in self._streams.values():
+                stream.put(Piece(0, None, lost))
+
+
+class _Stream:
+    """What has come of one answer and was not passed on yet."""
+
+    def __init__(self) -> None:
+        self._chunks: list[EngineChunk] = []
+        self._failure: Failure | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self.ended = False
+
+    def put(self, piece: Piece) -> None:
+        if piece.chunk is not None:
+            self._chunks.append(piece.chunk)
+        else:
+            self.ended = True
+            self._failure = piece.failure
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def next(self) -> EngineChunk | None:
+        """All there is, as one chunk; None at the end."""
+        while not self._chunks:
+            if self._failure is not None:
+                raise _error(self._failure)
+            if self.ended:
+                return None
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        chunk = merge(self._chunks)
+        self._chunks.clear()
+        return chunk
+
+
+def tune(writer: asyncio.StreamWriter) -> None:
+    """No delay for small frames, and a dead peer is noticed in about ten seconds."""
+    connection = writer.get_extra_info("socket")
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", KEEPALIVE_IDLE_S),
+        ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL_S),
+        ("TCP_KEEPCNT", KEEPALIVE_PROBES),
+    ):
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+async def _read(reader: asyncio.StreamReader, most: int = FRAME_MAX_BYTES) -> bytes:
+    (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+    if length > most:
+        raise msgspec.DecodeError(f"a frame of {length} bytes")
+    return await reader.readexactly(length)
+
+
+def _write(writer: asyncio.StreamWriter, content: bytes) -> None:
+    writer.write(_LENGTH.pack(len(content)) + content)
+
+
+def _failure(error: MarketError) -> Failure:
+    kind = type(error).__name__
+    return Failure(kind, error.message, error.code, error.param, error.retry_after_s)
+
+
+def _error(failure: Failure) -> MarketError:
+    found = getattr(errors, failure.kind, None)
+    kind: type[MarketError] = EngineFailed
+    if isinstance(found, type) and issubclass(found, MarketError):
+        kind = found
+    error: MarketError = kind(
+        failure.message,
+        code=failure.code,
+        param=failure.param,
+        retry_after_s=failure.retry_after_s,
+    )
+    return error
