@@ -3,9 +3,9 @@
 
 Four stacks answer the same requests: ``direct`` (``vllm serve``; for the paced engine a bare
 uvicorn application), ``bare`` (the same engine in a bare Ray Serve application behind Serve's
-proxy, without keys or metering), ``market``, and ``litellm`` (LiteLLM's proxy without a database in front
-of ``direct``). Two engines: ``tiny`` (vLLM on the CPU, which is the bottleneck: this shows cost)
-and ``paced`` (20 ms a step, as on a GPU: this shows delay).
+proxy, without keys or metering), ``market``, and ``litellm`` (LiteLLM's proxy without a database
+in front of ``direct``). Two engines: ``tiny`` (vLLM on the CPU, which is the bottleneck: this shows
+cost) and ``paced`` (20 ms a step, as on a GPU: this shows delay).
 
 Stacks that are not being measured are stopped with SIGSTOP. Client, front ends and the processes
 that hold an engine's front half run at real-time priority where that is allowed; it is printed
