@@ -76,6 +76,7 @@ class Slice:
     need_pico: int = 0
     rate_pico_s: float = 0.0
     rated_s: float = 0.0
+    dry_until_s: float = 0.0
 
     @property
     def free_pico(self) -> int:

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 RECALL_PATIENCE_S = 2.0
 RECALL_POLL_S = 0.1
 HOUSE_S = 1.0
+# Where there is no money to hold ahead, it is asked for again only after this.
+DRY_S = 1.0
 
 
 @dataclass(slots=True)
@@ -187,7 +189,8 @@ class Slices:
 
     def _renew_if_short(self, key: PurseKey, reservation: Reservation, weight: int) -> None:
         part = reservation.slice
-        if part.is_short and part.pack is None and not part.closing:
+        dry = self._clock.monotonic() < part.dry_until_s
+        if part.is_short and part.pack is None and not part.closing and not dry:
             self._renew(key, reservation.card, weight)
 
     def _renew(self, key: PurseKey, card: RateCard, weight: int) -> None:
@@ -205,11 +208,13 @@ class Slices:
 
     async def _ask_until_enough(self, key: PurseKey, card: RateCard, weight: int) -> None:
         line = self._waiting.setdefault(key, deque())
+        asked_ahead = False
         async with self._lock(key):
             while True:
                 purse = self._purses.setdefault(key, Purse(key))
                 first = next((w for w in line if not w.done.done()), None)
-                if first is None and (purse.current is None or not purse.current.is_short):
+                part = purse.current
+                if first is None and (asked_ahead or part is None or not part.is_short):
                     return
                 if first is not None and first.attempt(purse, self._clock.monotonic()):
                     continue
@@ -227,8 +232,10 @@ class Slices:
                     if not waiter.done.done() and not waiter.attempt(purse, now_s):
                         break
                 if first is None:
-                    return
-                if not first.done.done() and is_refused:
+                    asked_ahead = True  # whoever has come meanwhile is looked at once more
+                    if part is not None and part.is_short:
+                        part.dry_until_s = now_s + DRY_S
+                elif not first.done.done() and is_refused:
                     elsewhere = result.elsewhere_pico > 0 or await self._give_back_others(key)
                     if not elsewhere or now_s >= first.deadline_s:
                         first.done.set_exception(refusal(result, key, first.need, first.card))

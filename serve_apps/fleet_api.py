@@ -331,11 +331,11 @@ def parse_gpus(text: str) -> tuple[int, int]:
     return (1, milli) if milli < 1000 else (milli // 1000, 1000)
 
 
-def parse_term(text: str) -> int:
+def parse_term(text: str, what: str = "term") -> int:
     """``30d``, ``12h``, ``1d12h``, ``90s`` as seconds. Raises InvalidRequest."""
     parts = re.findall(r"(\d+)([smhdw])", text)
     if not parts or "".join(number + unit for number, unit in parts) != text:
-        raise InvalidRequest(f"term: {text!r} is no duration such as 30d, 12h or 90m", param="term")
+        raise InvalidRequest(f"{what}: {text!r} is no duration such as 30d, 12h or 90m", param=what)
     return sum(int(number) * TERM_UNITS_S[unit] for number, unit in parts)
 
 

@@ -77,7 +77,7 @@ Caller = Annotated[Principal, Depends(principal_of)]
 
 def create_app(services: Services) -> FastAPI:
     """The whole HTTP surface over the given services."""
-    from serve_apps import fleet_api, ledger_api, market_api, openai_api
+    from serve_apps import fleet_api, keys_api, ledger_api, market_api, openai_api
 
     app = FastAPI(
         title="Compute market",
@@ -95,6 +95,7 @@ def create_app(services: Services) -> FastAPI:
     app.add_middleware(BodyLimit)
     app.include_router(openai_api.router)
     app.include_router(market_api.router)
+    app.include_router(keys_api.router)
     app.include_router(fleet_api.router)
     app.include_router(ledger_api.router)
 

@@ -1,5 +1,8 @@
-"""``/market/v1``: what the CLI calls. Operators see everything, tenants themselves."""
+"""``/market/v1``: models, prices, tenants' money. Operators see all, tenants themselves."""
 
+import uuid
+from collections.abc import Mapping
+from datetime import timedelta
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -8,11 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from market import accounts, catalog, pricing
 from market.accounts import Account, Transfer, TransferKind, tenant_account
 from market.errors import InvalidRequest
-from market.keys import hash_key, key_id, new_key
 from market.ledger.reports import parse_when
 from market.scheduler.service import deployment_state
-from market.types import CURRENCY, Principal, Role
+from market.types import CURRENCY, Pack, PackLeft, Period
 from serve_apps.auth import require_operator, require_subject
+from serve_apps.fleet_api import parse_term
 from serve_apps.http import Caller, With
 
 router = APIRouter(prefix="/market/v1")
@@ -38,11 +41,29 @@ class NewDeposit(Strict):
     reason: Annotated[str, Field(max_length=500)] = "deposit"
 
 
-class NewKey(Strict):
-    """Body of ``POST /keys``: a key for a tenant or for a provider."""
+class TenantChange(Strict):
+    """Body of ``PATCH /tenants/{id}``: what is left out stays.
 
-    tenant_id: str | None = None
-    provider_id: str | None = None
+    ``budgets`` by period (hour, day, month, total) in the market's currency, null for none.
+    """
+
+    weight: Annotated[int, Field(ge=1)] | None = None
+    budgets: dict[Period, str | None] | None = None
+
+
+class NewPack(Strict):
+    """Body of ``POST /tenants/{id}/packs``: tokens of a model, bought ahead.
+
+    ``discount_percent`` off today's prices, which the pack keeps until it expires.
+    """
+
+    model: str
+    tokens: Annotated[int, Field(ge=1, le=10**15)]
+    valid_for: str = "30d"
+    discount_percent: Annotated[int, Field(ge=0, le=100)] = 0
+    pack_id: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")] = Field(
+        default_factory=lambda: f"pack-{uuid.uuid4().hex[:12]}"
+    )
 
 
 class NewProvider(Strict):
@@ -160,7 +181,64 @@ async def list_tenants(services: With, caller: Caller) -> list[dict[str, Any]]:
 async def show_tenant(tenant_id: str, services: With, caller: Caller) -> dict[str, Any]:
     """One tenant's balance."""
     require_subject(caller, tenant_id)
-    return _tenant(tenant_id, await services.ledger.balance(tenant_id))
+    account = await services.ledger.balance(tenant_id)
+    return {
+        **_tenant(tenant_id, account),
+        "weight": (await services.ledger.weights()).get(tenant_id, 1),
+        "budgets": await services.ledger.budget_rows(account.account_id),
+        "packs": [_pack(left) for left in await services.ledger.packs(tenant_id)],
+    }
+
+
+@router.patch("/tenants/{tenant_id}")
+async def change_tenant(
+    tenant_id: str, body: TenantChange, services: With, caller: Caller
+) -> dict[str, Any]:
+    """Set a tenant's share of contended pools, or what it may spend per period."""
+    require_operator(caller)
+    account = await services.ledger.balance(tenant_id)
+    if body.weight is not None:
+        await services.ledger.set_weight(tenant_id, body.weight)
+    if body.budgets is not None:
+        await services.ledger.set_budgets(account.account_id, parse_budgets(body.budgets))
+    return await show_tenant(tenant_id, services, caller)
+
+
+@router.post("/tenants/{tenant_id}/packs")
+async def buy_tokens(
+    tenant_id: str, body: NewPack, services: With, caller: Caller
+) -> dict[str, Any]:
+    """Sell tokens ahead, from the tenant's balance; the same ``pack_id`` sells once."""
+    require_subject(caller, tenant_id)
+    if body.discount_percent:
+        require_operator(caller)
+    catalog.find(body.model)
+    card = await services.ledger.rate_card(body.model)
+    if card is None:
+        raise InvalidRequest(f"model {body.model} has no price", param="model")
+    now = services.clock.now()
+    percent = 100 - body.discount_percent
+    prices = (
+        card.input_pico * percent // 100,
+        card.cached_input_pico * percent // 100,
+        card.output_pico * percent // 100,
+    )
+    if prices[2] == 0:
+        raise InvalidRequest(f"{body.model} costs nothing per output token; there is no pack of it")
+    own = pricing.make_rate_card(f"pack:{body.pack_id}", prices, now, card.currency)
+    wanted = Pack(
+        pack_id=body.pack_id,
+        tenant_id=tenant_id,
+        model=body.model,
+        price_id=own.price_id,
+        tokens=body.tokens,
+        currency=card.currency,
+        bought_at=now,
+        expires_at=now + timedelta(seconds=parse_term(body.valid_for, "valid_for")),
+    )
+    pack, created = await services.ledger.buy_tokens(wanted, own, caller.api_key_id)
+    left = [one for one in await services.ledger.packs(tenant_id) if one.pack == pack]
+    return {"created": created, "tenant_id": tenant_id, **(_pack(left[0]) if left else {})}
 
 
 @router.post("/tenants/{tenant_id}/deposits")
@@ -188,33 +266,26 @@ async def deposit(
     return _tenant(tenant_id, await services.ledger.balance(tenant_id))
 
 
-@router.post("/keys")
-async def create_key(body: NewKey, services: With, caller: Caller) -> dict[str, str]:
-    """Make an API key for a tenant or provider. The secret is in this answer and nowhere else."""
-    require_operator(caller)
-    if (body.tenant_id is None) == (body.provider_id is None):
-        raise InvalidRequest("tenant_id or provider_id: say for whom the key is, one of them")
-    role = Role.TENANT if body.provider_id is None else Role.PROVIDER
-    subject_id = body.tenant_id or body.provider_id or ""
-    secret = new_key()
-    principal = Principal(key_id(secret), role, subject_id)
-    await services.ledger.add_key(principal, hash_key(secret))
-    return {"api_key_id": principal.api_key_id, f"{role}_id": subject_id, "api_key": secret}
+def parse_budgets(budgets: Mapping[Period, str | None]) -> dict[Period, int | None]:
+    """Amounts as pico units. Raises InvalidRequest for a negative one."""
+    limits: dict[Period, int | None] = {}
+    for period, amount in budgets.items():
+        limits[period] = None if amount is None else pricing.parse_money(amount, f"budget {period}")
+        if (limits[period] or 0) < 0:
+            raise InvalidRequest(f"budget per {period}: it cannot be negative")
+    return limits
 
 
-@router.get("/keys")
-async def list_keys(services: With, caller: Caller) -> list[dict[str, str | None]]:
-    """Keys without their secrets."""
-    subject = None if caller.role is Role.OPERATOR else caller.subject_id
-    return await services.ledger.keys(subject)
-
-
-@router.delete("/keys/{api_key_id}")
-async def revoke_key(api_key_id: str, services: With, caller: Caller) -> dict[str, str]:
-    """End a key; gateways refuse it within two seconds."""
-    require_operator(caller)
-    await services.ledger.revoke_key(api_key_id)
-    return {"api_key_id": api_key_id, "state": "revoked"}
+def _pack(left: PackLeft) -> dict[str, Any]:
+    return {
+        "pack_id": left.pack.pack_id,
+        "model": left.pack.model,
+        "tokens": left.pack.tokens,
+        "tokens_left": left.available_pico // left.card.output_pico,
+        "price_id": left.card.price_id,
+        **_prices(left.card),
+        "expires_at": left.pack.expires_at.isoformat(),
+    }
 
 
 def _tenant(tenant_id: str, account: Account) -> dict[str, str]:

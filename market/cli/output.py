@@ -73,6 +73,22 @@ def check_time(text: str | None) -> str | None:
     return text
 
 
+def parse_budgets(options: Sequence[str] | None) -> dict[str, str | None] | None:
+    """``5/day`` or ``none/day`` as amounts by period, not read yet. Raises InvalidRequest."""
+    from market.errors import InvalidRequest
+    from market.types import Period
+
+    if not options:
+        return None
+    found: dict[str, str | None] = {}
+    for option in options:
+        amount, slash, period = option.partition("/")
+        if not slash or period not in set(Period):
+            raise InvalidRequest(f"--budget {option!r}: say it as 5/{'|'.join(Period)}")
+        found[period] = None if amount == "none" else amount
+    return found
+
+
 def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table

@@ -1,13 +1,13 @@
 """``market tenants``: who buys, and their balances."""
 
 import uuid
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from market.cli.output import Output, OutputOption, show
+from market.cli.output import Output, OutputOption, parse_budgets, print_rich, show
 
-app = typer.Typer(help="Tenants and their balances.", no_args_is_help=True)
+app = typer.Typer(help="Tenants: balances, budgets, token packs.", no_args_is_help=True)
 
 Tenant = Annotated[str, typer.Argument(help="Name of the tenant.")]
 
@@ -30,10 +30,65 @@ def list_tenants(output: OutputOption = Output.TABLE) -> None:
 
 @app.command("show", epilog="Example: market tenants show acme")
 def show_tenant(tenant: Tenant, output: OutputOption = Output.TABLE) -> None:
-    """Show a tenant's balance."""
+    """Show a tenant's balance, budgets and token packs."""
     from market.cli.api import request
 
-    show(output, request("GET", f"/tenants/{tenant}"))
+    _show_tenant(output, request("GET", f"/tenants/{tenant}"))
+
+
+@app.command("set", epilog="Example: market tenants set acme --weight 4 --budget 2/hour")
+def change(
+    tenant: Tenant,
+    weight: Annotated[
+        int | None, typer.Option(help="Its share of a contended pool, against the others' (1).")
+    ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--budget", help="What it may spend: 2/hour, 5/day, 100/month, 300/total, none/day."
+        ),
+    ] = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Set a tenant's weight in contended pools and its budgets; what is left out stays."""
+    from market.cli.api import request
+    from market.errors import InvalidRequest
+
+    asked = {"weight": weight, "budgets": parse_budgets(budget)}
+    body = {name: value for name, value in asked.items() if value is not None}
+    if not body:
+        raise InvalidRequest("nothing to change; say --weight or --budget")
+    _show_tenant(output, request("PATCH", f"/tenants/{tenant}", json=body))
+
+
+@app.command("buy-tokens", epilog="Example: market tenants buy-tokens acme qwen-7b 50000000")
+def buy_tokens(
+    tenant: Tenant,
+    model: Annotated[str, typer.Argument(help="Model from market models.")],
+    tokens: Annotated[int, typer.Argument(help="Output tokens; input counts by its price.")],
+    valid_for: Annotated[
+        str, typer.Option("--valid", help="For how long; what is left then is lost.")
+    ] = "30d",
+    discount: Annotated[
+        int, typer.Option(help="Percent off today's price; an operator's to give.")
+    ] = 0,
+    pack_id: Annotated[
+        str | None, typer.Option("--id", help="The same id again buys nothing.")
+    ] = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Buy tokens of one model ahead, from the balance. They are used before the balance is."""
+    from market.cli.api import request
+
+    asked = {
+        "model": model,
+        "tokens": tokens,
+        "valid_for": valid_for,
+        "discount_percent": discount,
+        "pack_id": pack_id,
+    }
+    body = {name: value for name, value in asked.items() if value is not None}
+    show(output, request("POST", f"/tenants/{tenant}/packs", json=body))
 
 
 @app.command(epilog="Example: market tenants deposit acme 10 --id invoice-17")
@@ -84,3 +139,15 @@ def refund(
     }
     body = {name: value for name, value in asked.items() if value is not None}
     show(output, request("POST", f"/tenants/{tenant}/refunds", json=body))
+
+
+def _show_tenant(output: Output, tenant: dict[str, Any]) -> None:
+    if output is Output.JSON:
+        show(output, tenant)
+        return
+    lists = ("budgets", "packs")
+    show(output, {name: value for name, value in tenant.items() if name not in lists})
+    for name in lists:
+        if tenant[name]:
+            print_rich(name)
+            show(output, tenant[name])

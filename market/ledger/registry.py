@@ -171,8 +171,7 @@ def list_keys(connection: Connection, subject_id: str | None) -> list[dict[str, 
     ]
 
 
-def key_row(connection: Connection, api_key_id: str) -> Row[Any]:
-    """A key's row. Raises NotFound."""
+def _key_row(connection: Connection, api_key_id: str) -> Row[Any]:
     keys = tables.api_keys
     row = connection.execute(select(keys).where(keys.c.api_key_id == api_key_id)).one_or_none()
     if row is None:
@@ -180,9 +179,15 @@ def key_row(connection: Connection, api_key_id: str) -> Row[Any]:
     return row
 
 
+def key(connection: Connection, api_key_id: str) -> Principal:
+    """Whose key it is and what it may do; no weight or budget is looked up. Raises NotFound."""
+    row = _key_row(connection, api_key_id)
+    return Principal(row.api_key_id, Role(row.role), row.subject_id, _decode(row.policy))
+
+
 def set_policy(connection: Connection, api_key_id: str, policy: KeyPolicy) -> None:
     """What a key may do from now on. Raises NotFound."""
-    key_row(connection, api_key_id)
+    _key_row(connection, api_key_id)
     keys = tables.api_keys
     statement = update(keys).where(keys.c.api_key_id == api_key_id)
     connection.execute(statement.values(policy=_encode(policy)))
@@ -195,7 +200,7 @@ def rotate_key(
 
     Raises NotFound, or Conflict if the key is revoked. The same hash again changes nothing.
     """
-    row = key_row(connection, api_key_id)
+    row = _key_row(connection, api_key_id)
     if row.revoked_at is not None:
         raise Conflict(f"key {api_key_id} is revoked", code="key_revoked")
     if row.key_hash == key_hash:
@@ -210,7 +215,7 @@ def rotate_key(
 
 def revoke_key(connection: Connection, api_key_id: str, now: datetime) -> None:
     """End a key. Raises NotFound; revoking twice keeps the first time."""
-    if key_row(connection, api_key_id).revoked_at is None:
+    if _key_row(connection, api_key_id).revoked_at is None:
         statement = update(tables.api_keys).where(tables.api_keys.c.api_key_id == api_key_id)
         connection.execute(statement.values(revoked_at=now))
 

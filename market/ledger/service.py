@@ -56,7 +56,6 @@ from market.types import (
     Period,
     Principal,
     RateCard,
-    Role,
 )
 
 LOCK_PATIENCE_S = 5.0
@@ -196,10 +195,10 @@ class Ledger:
         """Keys of one subject or all, without secrets."""
         return list(await self._command(lambda c: registry.list_keys(c, subject_id)))
 
-    async def key_owner(self, api_key_id: str) -> tuple[Role, str]:
-        """Role and subject of a key. Raises NotFound."""
-        row = await self._command(lambda c: registry.key_row(c, api_key_id))
-        return Role(row.role), row.subject_id
+    async def key(self, api_key_id: str) -> Principal:
+        """Whose key it is and what it may do, as it was set. Raises NotFound."""
+        found: Principal = await self._command(lambda c: registry.key(c, api_key_id))
+        return found
 
     async def set_policy(self, api_key_id: str, policy: KeyPolicy) -> None:
         """What a key may do from now on. Raises NotFound."""

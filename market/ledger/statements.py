@@ -108,13 +108,19 @@ def build(
 def _movements(
     connection: duckdb.DuckDBPyConnection, parameters: dict[str, Any]
 ) -> dict[str, tuple[Decimal, tuple[Movement, ...]]]:
-    """Per account its balance at the start, and per kind what changed it until the end."""
-    # Releases have the account on both sides: they move nothing.
+    """Per account its balance at the start, and per kind what changed it until the end.
+
+    A tenant's token packs are its money, too: buying one moves nothing.
+    """
+    holder = (
+        "CASE WHEN starts_with({0}, 'pack:') THEN 'tenant:' || split_part({0}, ':', 2) ELSE {0} END"
+    )
+    credit, debit = holder.format("credit_account"), holder.format("debit_account")
+    # Releases have the account on both sides: they move nothing, either.
     signed = (
-        "SELECT booked_at, kind, credit_account AS account, amount FROM transfers "
-        "WHERE credit_account <> debit_account UNION ALL "
-        "SELECT booked_at, kind, debit_account, -amount FROM transfers "
-        "WHERE credit_account <> debit_account"
+        f"SELECT booked_at, kind, {credit} AS account, amount FROM transfers "
+        f"WHERE {credit} <> {debit} UNION ALL "
+        f"SELECT booked_at, kind, {debit}, -amount FROM transfers WHERE {credit} <> {debit}"
     )
     rows = connection.execute(
         "SELECT account, booked_at < $start AS before, CASE WHEN before THEN '' ELSE kind END AS "

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from market import pricing
-from market.accounts import Account
+from market.accounts import Account, holder_of
 from market.errors import MarketFault
 from market.ledger.compaction import require_rows, rows_in
 from market.ledger.files import sha256_of
@@ -389,8 +389,8 @@ def _transfer_rows(picture: Picture, sums: Sums, where: str, rows: pa.RecordBatc
             sums.paid[_parties(credit, debit, currency)] -= pico
 
 
-def _parties(tenant: str, provider: str, currency: str) -> tuple[str, str, str]:
-    return tenant.removeprefix("tenant:"), provider.removeprefix("provider:"), currency
+def _parties(payer: str, provider: str, currency: str) -> tuple[str, str, str]:
+    return holder_of(payer), provider.removeprefix("provider:"), currency
 
 
 # -- books ----------------------------------------------------------------------------------

@@ -1,0 +1,169 @@
+"""``/market/v1/keys``: API keys, what they may do and spend."""
+
+import re
+from datetime import datetime, timedelta
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field
+
+from market import catalog
+from market.errors import InvalidRequest, PermissionDenied
+from market.keys import hash_key, key_id, new_key
+from market.types import KeyPolicy, Lane, Period, Principal, Role
+from serve_apps.auth import require_operator
+from serve_apps.fleet_api import parse_moment, parse_term
+from serve_apps.http import Caller, Services, With
+from serve_apps.market_api import parse_budgets
+
+router = APIRouter(prefix="/market/v1")
+
+OVERLAP_MAX = timedelta(days=90)
+Limit = Annotated[int, Field(ge=1, le=10**12)]
+# A key may not be refused what makes it unlimited again: null says so.
+LIMITS = ("requests_per_min", "tokens_per_min", "concurrent")
+
+
+class Policy(BaseModel):
+    """What a key may do; what is left out is not limited, or stays as it is."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    models: list[str] | None = None
+    lanes: list[Lane] | None = None
+    read_only: bool | None = None
+    expires: str | None = None
+    requests_per_min: Limit | None = None
+    tokens_per_min: Limit | None = None
+    concurrent: Limit | None = None
+    budgets: dict[Period, str | None] | None = None
+
+
+class NewKey(Policy):
+    """Body of ``POST /keys``: a key for a tenant, a provider, or the operator."""
+
+    tenant_id: str | None = None
+    provider_id: str | None = None
+    operator: bool = False
+
+
+class Rotation(BaseModel):
+    """Body of ``POST /keys/{id}/rotate``: for how long the old secret works on."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    overlap: str = "24h"
+
+
+@router.post("/keys")
+async def create_key(body: NewKey, services: With, caller: Caller) -> dict[str, Any]:
+    """Make an API key. The secret is in this answer and nowhere else."""
+    require_operator(caller)
+    subjects = [
+        (Role.TENANT, body.tenant_id),
+        (Role.PROVIDER, body.provider_id),
+        (Role.OPERATOR, "operator" if body.operator else None),
+    ]
+    named = [(role, name) for role, name in subjects if name is not None]
+    if len(named) != 1:
+        raise InvalidRequest(
+            "tenant_id, provider_id or operator: say for whom the key is, one of them"
+        )
+    (role, subject_id) = named[0]
+    if body.budgets and role is not Role.TENANT:
+        raise InvalidRequest("budgets: only tenants spend money", param="budgets")
+    secret = new_key()
+    policy = _policy(body, KeyPolicy(), services)
+    principal = Principal(key_id(secret), role, subject_id, policy)
+    limits = parse_budgets(body.budgets or {})
+    await services.ledger.add_key(principal, hash_key(secret))
+    if limits:
+        await services.ledger.set_budgets(principal.api_key_id, limits)
+    return {"api_key_id": principal.api_key_id, f"{role}_id": subject_id, "api_key": secret}
+
+
+@router.get("/keys")
+async def list_keys(services: With, caller: Caller) -> list[dict[str, Any]]:
+    """Keys without their secrets."""
+    subject = None if caller.role is Role.OPERATOR else caller.subject_id
+    rows = await services.ledger.keys(subject)
+    return [
+        {**row, "budgets": await services.ledger.budget_rows(row["api_key_id"])} for row in rows
+    ]
+
+
+@router.patch("/keys/{api_key_id}")
+async def change_key(
+    api_key_id: str, body: Policy, services: With, caller: Caller
+) -> dict[str, Any]:
+    """Change what a key may do; what is left out stays, null lifts a limit."""
+    require_operator(caller)
+    key = await services.ledger.key(api_key_id)
+    if body.budgets and key.role is not Role.TENANT:
+        raise InvalidRequest("budgets: only tenants spend money", param="budgets")
+    policy = _policy(body, key.policy, services)
+    limits = parse_budgets(body.budgets or {})
+    await services.ledger.set_policy(api_key_id, policy)
+    if limits:
+        await services.ledger.set_budgets(api_key_id, limits)
+    return {
+        "api_key_id": api_key_id,
+        "subject_id": key.subject_id,
+        "policy": msgspec.to_builtins(policy),
+        "budgets": await services.ledger.budget_rows(api_key_id),
+    }
+
+
+@router.post("/keys/{api_key_id}/rotate")
+async def rotate_key(
+    api_key_id: str, body: Rotation, services: With, caller: Caller
+) -> dict[str, Any]:
+    """Give a key a new secret; the old one works on for a while. Keys may rotate themselves."""
+    if caller.role is not Role.OPERATOR and caller.api_key_id != api_key_id:
+        raise PermissionDenied("a key may rotate itself only; others need an operator key")
+    overlap = timedelta(0)
+    if body.overlap not in ("0", "0s"):
+        overlap = timedelta(seconds=parse_term(body.overlap, "overlap"))
+    if overlap > OVERLAP_MAX:
+        raise InvalidRequest(f"overlap: at most {OVERLAP_MAX.days}d", param="overlap")
+    secret = new_key()
+    until = await services.ledger.rotate_key(api_key_id, hash_key(secret), overlap)
+    return {
+        "api_key_id": api_key_id,
+        "api_key": secret,
+        "old_secret_until": until.isoformat(),
+    }
+
+
+@router.delete("/keys/{api_key_id}")
+async def revoke_key(api_key_id: str, services: With, caller: Caller) -> dict[str, str]:
+    """End a key; gateways refuse it within five seconds."""
+    require_operator(caller)
+    await services.ledger.revoke_key(api_key_id)
+    return {"api_key_id": api_key_id, "state": "revoked"}
+
+
+def _policy(body: Policy, known: KeyPolicy, services: Services) -> KeyPolicy:
+    given = body.model_fields_set
+    changes: dict[str, Any] = {name: getattr(body, name) for name in given & set(LIMITS)}
+    if "models" in given:
+        for model in body.models or ():
+            catalog.find(model)
+        changes["models"] = None if body.models is None else tuple(body.models)
+    if "lanes" in given:
+        changes["lanes"] = None if body.lanes is None else tuple(body.lanes)
+    if "read_only" in given:
+        changes["read_only"] = bool(body.read_only)
+    if "expires" in given:
+        changes["expires_at"] = _expiry(body.expires, services.clock.now())
+    return msgspec.structs.replace(known, **changes)
+
+
+def _expiry(text: str | None, now: datetime) -> datetime | None:
+    """``30d`` from now, or a moment. Raises InvalidRequest."""
+    if text is None:
+        return None
+    if re.fullmatch(r"\d+[smhdw]", text):
+        return now + timedelta(seconds=parse_term(text, "expires"))
+    return parse_moment(text, now, "expires")
