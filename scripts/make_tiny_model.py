@@ -4,7 +4,8 @@
 The tokenizer is a byte-level BPE trained on ``pydoc_data.topics``; the weights are random but
 seeded (``--train-steps 0``: same bytes each time, answers are noise) or trained for a few hundred
 steps on questions and answers cut from the same text (answers are text, though not wise ones).
-The folder says which it is: ``training.json``.
+The folder says which it is: ``training.json``. ``--embedding`` makes a BERT-architecture encoder of
+the same size instead, in the files of sentence-transformers: mean of the token vectors, length one.
 """
 
 import argparse
@@ -21,6 +22,8 @@ from typing import Any
 
 VOCAB_SIZE = 2048
 CONTEXT_TOKENS = 2048
+EMBEDDING_CONTEXT_TOKENS = 512
+EMBEDDING_SIZE = 128
 PAD, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SYSTEM_PROMPT = "You are a helpful assistant."
 # Qwen's form of ChatML, tools and their results included.
@@ -109,6 +112,37 @@ def build_model(seed: int) -> Any:
     return Qwen2ForCausalLM(config)
 
 
+def build_encoder(seed: int) -> Any:
+    """A BERT encoder with seeded random weights: texts that share words get near vectors."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=EMBEDDING_SIZE,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=EMBEDDING_CONTEXT_TOKENS,
+        pad_token_id=0,
+    )
+    return BertModel(config, add_pooling_layer=False)
+
+
+def save_pooling(folder: Path) -> None:
+    """The files by which sentence-transformers knows what comes after the encoder."""
+    steps = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    modules = [
+        {"idx": n, "name": str(n), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for n, (path, kind) in enumerate(steps)
+    ]
+    pooling = {"word_embedding_dimension": EMBEDDING_SIZE, "pooling_mode_mean_tokens": True}
+    (folder / "modules.json").write_text(json.dumps(modules, indent=2) + "\n")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling, indent=2) + "\n")
+
+
 def conversations(topics: dict[str, list[str]], rng: random.Random) -> str:
     """One ChatML conversation: a question about a topic and a paragraph that answers it."""
     topic = rng.choice(list(topics))
@@ -155,7 +189,9 @@ def train(model: Any, tokenizer: Any, topics: dict[str, list[str]], steps: int, 
     return sum(tail) / len(tail)
 
 
-def save(folder: Path, model: Any, tokenizer: Any, facts: dict[str, object]) -> None:
+def save(
+    folder: Path, model: Any, tokenizer: Any, facts: dict[str, object], embedding: bool
+) -> None:
     """Write everything beside its final place, then rename: a crash leaves no half model."""
     from transformers import GenerationConfig, PreTrainedTokenizerFast
 
@@ -166,12 +202,15 @@ def save(folder: Path, model: Any, tokenizer: Any, facts: dict[str, object]) -> 
         tokenizer_object=tokenizer,
         eos_token=IM_END,
         pad_token=PAD,
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=CONTEXT_TOKENS,
+        chat_template=None if embedding else CHAT_TEMPLATE,
+        model_max_length=EMBEDDING_CONTEXT_TOKENS if embedding else CONTEXT_TOKENS,
         clean_up_tokenization_spaces=False,
     )
     wrapped.save_pretrained(staging)
-    model.generation_config = GenerationConfig(eos_token_id=[2, 0], pad_token_id=0)
+    if embedding:
+        save_pooling(staging)
+    else:
+        model.generation_config = GenerationConfig(eos_token_id=[2, 0], pad_token_id=0)
     model.save_pretrained(staging)
     (staging / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
     if folder.exists():
@@ -183,11 +222,17 @@ def main() -> None:
     """Command line: where to write, how long to train, with which seed."""
     home = Path(os.environ.get("MARKET_HOME", Path.home() / ".market"))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", type=Path, default=home / "models" / "tiny-qwen")
+    parser.add_argument("folder", nargs="?", type=Path, help="default: tiny-qwen or tiny-embed")
+    parser.add_argument("--embedding", action="store_true", help="make an embedding model")
     parser.add_argument("--train-steps", type=int, default=0, help="0 leaves seeded random weights")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--if-missing", action="store_true", help="do nothing if it is there")
     arguments = parser.parse_args()
+    embedding = arguments.embedding
+    if embedding and arguments.train_steps:
+        parser.error("--train-steps: embedding models are not trained here")
+    if arguments.folder is None:
+        arguments.folder = home / "models" / ("tiny-embed" if embedding else "tiny-qwen")
     if arguments.if_missing and (arguments.folder / "training.json").is_file():
         print(f"model is there: {arguments.folder}")
         return
@@ -195,7 +240,7 @@ def main() -> None:
     topics = load_topics()
     texts = [paragraph for paragraphs in topics.values() for paragraph in paragraphs]
     tokenizer = train_tokenizer(texts)
-    model = build_model(arguments.seed)
+    model = build_encoder(arguments.seed) if embedding else build_model(arguments.seed)
     loss = None
     if arguments.train_steps > 0:
         loss = train(model, tokenizer, topics, arguments.train_steps, arguments.seed)
@@ -207,7 +252,7 @@ def main() -> None:
         "final_loss": None if loss is None else round(loss, 3),
         "parameters": parameters,
     }
-    save(arguments.folder, model, tokenizer, facts)
+    save(arguments.folder, model, tokenizer, facts, embedding)
     kind = "trained" if facts["trained"] else "random weights"
     spent = time.monotonic() - began
     print(f"made {arguments.folder} ({parameters:,} parameters, {kind}) in {spent:.0f} s")

@@ -295,12 +295,13 @@ def _order(body: NewOrder, services: Services, caller: Principal) -> Order:
     count, milli = parse_gpus(body.gpus)
     price = None if body.max_price is None else pricing.parse_money(body.max_price, "max_price")
     model = catalog.find(body.model)
+    small = model.runs_on_cpu or model.embeds
     return Order(
         order_id=body.order_id,
         tenant_id=tenant_id,
         api_key_id=caller.api_key_id,
         model=model.name,
-        engine=body.engine or (ENGINE_ON_CPU if model.runs_on_cpu else ENGINE_ON_GPU),
+        engine=body.engine or (ENGINE_ON_CPU if small else ENGINE_ON_GPU),
         gpu_count=count,
         gpu_milli=milli,
         start=None if body.start is None else parse_moment(body.start, now, "start"),

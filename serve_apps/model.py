@@ -71,6 +71,7 @@ class ModelReplica:
             tensor_parallel=max(1, len(settings.place.gpu_indices)),
             tool_parser=entry.tool_parser,
             reasoning_parser=entry.reasoning_parser,
+            embeds=entry.embeds,
         )
         async with quiet_gpus(settings.place):
             self._engine = await start_engine(settings.engine, engine)

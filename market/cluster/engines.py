@@ -20,8 +20,8 @@ def engine_paths() -> dict[str, str]:
     return {entry.name: entry.value for entry in entry_points(group=GROUP)} | ENGINES
 
 
-def require_engine(name: str) -> None:
-    """Raises InvalidRequest if there is no such engine or it is not installed."""
+def require_engine(name: str, embeds: bool) -> None:
+    """Raises InvalidRequest if there is no such engine, it is not installed, or cannot embed."""
     paths = engine_paths()
     if name not in paths:
         known = " or ".join(sorted(paths))
@@ -31,3 +31,5 @@ def require_engine(name: str) -> None:
             f"engine {name} is not installed here; run: scripts/setup --engine {name}",
             param="engine",
         )
+    if embeds and name == "vllm":
+        raise InvalidRequest("embeddings are served by --engine transformers", param="engine")

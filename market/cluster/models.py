@@ -13,9 +13,10 @@ def model_path(model: Model, models_dir: Path) -> Path:
     """Folder of the model. Raises NotFound if a local model was not made yet."""
     folder = models_dir / model.name
     if model.source == "local" and not (folder / "config.json").is_file():
+        option = "--embedding " if model.embeds else ""
         raise NotFound(
             f"{model.name} is made on this machine, but {folder} is not there; "
-            f"run: scripts/make_tiny_model.py {folder}",
+            f"run: scripts/make_tiny_model.py {option}{folder}",
             code="model_not_found",
         )
     return folder

@@ -35,7 +35,7 @@ class ServeCluster:
 
     def check(self, model: Model, engine: str) -> None:
         """Raises InvalidRequest or NotFound if the engine or the model's files are missing."""
-        require_engine(engine)
+        require_engine(engine, model.embeds)
         model_path(model, self._config.models_dir)
 
     def look(self) -> ClusterView:

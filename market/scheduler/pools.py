@@ -42,7 +42,7 @@ class Pools:
             places = self._pool_places(model, replicas)
             if engine is None:
                 physical = [p for p in places if self._is_physical(p)]
-                engine = "vllm" if physical else "transformers"
+                engine = "vllm" if physical and not model.embeds else "transformers"
             await asyncio.to_thread(core.cluster.check, model, engine)
             return await self._store_pool(model, engine, places, dry_run)
 

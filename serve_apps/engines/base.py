@@ -14,7 +14,7 @@ from market.types import EngineChunk, EngineRequest, FinishReason, TokenCounts
 class EngineSettings:
     """How to load a model. ``gpu_fraction`` is the share of each card's memory, 0 without a GPU.
 
-    Parsers are those of vLLM, by name.
+    Parsers are those of vLLM, by name. A model that ``embeds`` makes vectors.
     """
 
     folder: Path
@@ -25,6 +25,7 @@ class EngineSettings:
     tensor_parallel: int = 1
     tool_parser: str = ""
     reasoning_parser: str = ""
+    embeds: bool = False
 
 
 class LoadedEngine(Protocol):

@@ -6,9 +6,10 @@ import queue
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from market.errors import EngineFailed
+from market.errors import EngineFailed, InvalidRequest
 from market.types import EngineChunk, EngineRequest
-from serve_apps.engines.base import EngineSettings, chunk
+from serve_apps.engines import embeddings
+from serve_apps.engines.base import EngineSettings, LoadedEngine, chunk
 from serve_apps.engines.detokenizer import Detokenizer
 
 PAGE_TOKENS = 32
@@ -17,10 +18,11 @@ MIB = 1024 * 1024
 STOP_TIMEOUT_S = 10
 
 
-async def start(settings: EngineSettings) -> "TransformersEngine":
+async def start(settings: EngineSettings) -> LoadedEngine:
     """Load the model. Raises EngineFailed if its files cannot be read."""
+    load = embeddings.load if settings.embeds else _load
     try:
-        return await asyncio.to_thread(_load, settings)
+        return await asyncio.to_thread(load, settings)
     except (OSError, ValueError) as error:
         raise EngineFailed(f"transformers could not load {settings.folder}: {error}") from error
 
@@ -86,7 +88,11 @@ class TransformersEngine:
         self._eos_ids = frozenset(eos_ids)
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
-        """Stream an answer; closing the iterator cancels it. Nothing is cached between requests."""
+        """Stream an answer; closing the iterator cancels it. Nothing is cached between requests.
+
+        Raises InvalidRequest for what only vLLM can do.
+        """
+        _require_plain(request)
         await self.check_health()
         request_id, sampling = request.request_id, request.sampling
         results: asyncio.Queue[Any] = asyncio.Queue()
@@ -158,3 +164,20 @@ class TransformersEngine:
     async def close(self) -> None:
         """Stop the generation thread."""
         await asyncio.to_thread(self._manager.stop, block=True, timeout=STOP_TIMEOUT_S)
+
+
+def _require_plain(request: EngineRequest) -> None:
+    sampling = request.sampling
+    asked = {
+        "logprobs": sampling.logprobs is not None or sampling.prompt_logprobs is not None,
+        "response_format": request.grammar is not None,
+        "tools": request.chat is not None,
+    }
+    for name, present in asked.items():
+        if present:
+            raise InvalidRequest(
+                f"{name}: this model is served by transformers, which cannot; deployed with "
+                "--engine vllm it can",
+                code="unsupported_parameter",
+                param=name,
+            )

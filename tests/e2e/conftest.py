@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,15 @@ class Tenant:
 
     def balance(self) -> dict[str, str]:
         return self.market.get(f"/tenants/{self.name}")
+
+    def settled(self) -> Decimal:
+        """The balance once nothing is held any more: gateways return what they do not need."""
+
+        def free() -> dict[str, str] | None:
+            balance = self.balance()
+            return balance if balance["held"] == "0" else None
+
+        return Decimal(wait_until(free, f"{self.name} has nothing on hold")["balance"])
 
     def rows(self, count: int, timeout_s: float = 60) -> pd.DataFrame:
         """This tenant's usage rows, once ``count`` of them are sealed."""

@@ -1,3 +1,3 @@
-from tests.models import tiny_model
+from tests.models import tiny_embed, tiny_model
 
-__all__ = ["tiny_model"]
+__all__ = ["tiny_embed", "tiny_model"]

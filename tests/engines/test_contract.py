@@ -1,13 +1,16 @@
 """One suite for every engine: the fake, transformers and vLLM, the latter two for real."""
 
 import asyncio
+import re
 from contextlib import aclosing
 
+import msgspec
 import pytest
 import pytest_asyncio
 
+from market.errors import InvalidRequest
 from market.fakes import FakeEngine
-from market.types import EngineRequest, FinishReason, Sampling
+from market.types import EngineRequest, FinishReason, Grammar, GrammarKind, Sampling
 from serve_apps.engines.base import EngineSettings, start_engine
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
@@ -46,6 +49,12 @@ async def engine(request, start):
 async def real(request, start):
     """Engines with a language model inside, for what sampling means."""
     return await start(request.param)
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def vllm(start):
+    """The engine that can do everything."""
+    return await start("vllm")
 
 
 _ids = iter(range(1_000_000))
@@ -230,3 +239,60 @@ class TestPrivacy:
 
 async def test_health_is_good_while_it_runs(real):
     await real.check_health()
+
+
+class TestLogprobs:
+    async def test_vllm_gives_the_chosen_and_the_best_per_token(self, vllm):
+        request = ask(6, logprobs=3)
+        chunks = await run(vllm, request)
+        positions = [position for chunk in chunks for position in chunk.logprobs]
+        assert [position.chosen.token_id for position in positions] == tokens(chunks)
+        for position in positions:
+            best = [top.logprob for top in position.top]
+            assert len(best) == 3
+            assert best == sorted(best, reverse=True)
+            assert position.chosen.logprob == best[0]  # greedy
+
+    async def test_vllm_gives_those_of_the_prompt(self, vllm):
+        chunks = await run(vllm, ask(1, prompt_logprobs=1))
+        given = [chunk.prompt_logprobs for chunk in chunks if chunk.prompt_logprobs]
+        (positions,) = given
+        assert positions[0] is None  # nothing comes before the first
+        assert [position.chosen.token_id for position in positions[1:]] == list(PROMPT[1:])
+
+
+class TestGrammar:
+    @pytest.mark.parametrize(
+        ("kind", "constraint", "matches"),
+        [
+            (GrammarKind.JSON_OBJECT, "", r"\s*\{[\s\S]*"),
+            (GrammarKind.JSON_SCHEMA, '{"type": "boolean"}', r"\s*(true|false)"),
+            (GrammarKind.REGEX, "[ab]{3}", r"[ab]{3}"),
+            (GrammarKind.CHOICE, '["left", "right"]', r"left|right"),
+            (GrammarKind.GRAMMAR, 'root ::= "x" "y"?', r"xy?"),
+        ],
+    )
+    async def test_vllm_keeps_to_it(self, vllm, kind, constraint, matches):
+        request = ask(24, temperature=1.0, ignore_eos=False)
+        request = msgspec.structs.replace(request, grammar=Grammar(kind, constraint))
+        assert re.fullmatch(matches, text(await run(vllm, request)))
+
+    async def test_vllm_refuses_a_broken_one(self, vllm):
+        request = msgspec.structs.replace(ask(4), grammar=Grammar(GrammarKind.REGEX, "("))
+        with pytest.raises(InvalidRequest, match="vLLM refused"):
+            await run(vllm, request)
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"sampling": Sampling(1, logprobs=1)}, "logprobs"),
+        ({"grammar": Grammar(GrammarKind.JSON_OBJECT, "")}, "response_format"),
+        ({"chat": b"{}"}, "tools"),
+    ],
+)
+async def test_transformers_refuses_what_it_cannot(start, asked, named):
+    engine = await start("transformers")
+    with pytest.raises(InvalidRequest, match=named) as caught:
+        await run(engine, msgspec.structs.replace(ask(1), **asked))
+    assert caught.value.param == named
