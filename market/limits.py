@@ -1,10 +1,10 @@
 """A key's limits: requests and tokens a minute, requests at once. Pure but for counting.
 
-Token buckets that hold a minute's worth. Where several gateways serve a key, each has its part of
-the limit, dealt by the scheduler; the parts never add up to more than the limit.
+Token buckets that hold a minute's worth. Where several gateways serve a key, the scheduler says how
+many do: each then refills an equal part of the rate, so that together they keep to the limit. Each
+lets at least one request through at a time: fewer would shut out whoever is connected to it.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -28,19 +28,21 @@ class Bucket:
         if per_min != self.per_min:
             self.level += per_min - self.per_min
             self.per_min = per_min
-        self.level = min(per_min, self.level + (now_s - self.at_s) * per_min / MINUTE_S)
+        self.level = min(self.size, self.level + (now_s - self.at_s) * per_min / MINUTE_S)
         self.at_s = now_s
 
+    @property
+    def size(self) -> float:
+        """What it holds at most: a minute's worth, or one, if that is more."""
+        return max(1.0, self.per_min)
+
     def wait_s(self, amount: float) -> float:
-        """How long until ``amount`` is there; what exceeds a minute's worth waits for all of it."""
-        missing = min(amount, self.per_min) - self.level
-        if missing <= 0:
-            return 0.0
-        return missing * MINUTE_S / self.per_min if self.per_min > 0 else math.inf
+        """How long until ``amount`` is there; what exceeds the bucket waits for a full one."""
+        return max(0.0, min(amount, self.size) - self.level) * MINUTE_S / self.per_min
 
     def reset_s(self) -> float:
         """How long until it is full."""
-        return self.wait_s(self.per_min)
+        return self.wait_s(self.size)
 
 
 @dataclass(slots=True)
@@ -64,11 +66,11 @@ class Limits:
 
     def __init__(self) -> None:
         self._keys: dict[str, _Key] = {}
-        self._parts: Mapping[str, tuple[int, int]] = {}
+        self._gateways: Mapping[str, int] = {}
 
-    def take_parts(self, parts: Mapping[str, tuple[int, int]]) -> None:
-        """(number of this gateway, gateways) for keys that several serve."""
-        self._parts = parts
+    def share(self, gateways: Mapping[str, int]) -> None:
+        """How many gateways serve a key; one where nothing is said."""
+        self._gateways = gateways
 
     def in_use(self, now_s: float) -> frozenset[str]:
         """Keys used lately; forgets the others."""
@@ -81,10 +83,10 @@ class Limits:
         if not has_limits(policy):
             return None
         key = self._key(api_key_id, policy, now_s)
-        most = self._part(api_key_id, policy.concurrent)
-        if most is not None and key.running >= most:
+        most = policy.concurrent
+        if most is not None and key.running >= max(1, most // self._gateways.get(api_key_id, 1)):
             raise RateLimited(
-                f"{key.running} requests of this key are under way, at most {policy.concurrent}",
+                f"{key.running} requests of this key are under way, at most {most} may be",
                 retry_after_s=1,
             )
         needs = {"requests": 1, "tokens": tokens}
@@ -92,9 +94,8 @@ class Limits:
             wait_s = bucket.wait_s(needs[name])
             if wait_s > 0:
                 kind = RateLimited if name == "requests" else TokensLimited
-                limit = policy.requests_per_min if name == "requests" else policy.tokens_per_min
                 raise kind(
-                    f"this key's limit of {limit} {name} a minute is reached",
+                    f"this key's limit of {_limits(policy)[name]} {name} a minute is reached",
                     retry_after_s=min(wait_s, MINUTE_S),
                 )
         for name, bucket in key.buckets.items():
@@ -110,16 +111,17 @@ class Limits:
         key.running = max(0, key.running - 1)
         bucket = key.buckets.get("tokens")
         if bucket is not None:
-            bucket.level = min(bucket.per_min, bucket.level + let.tokens - tokens)
+            bucket.level = min(bucket.size, bucket.level + let.tokens - tokens)
 
     def headers(self, api_key_id: str, policy: KeyPolicy, now_s: float) -> dict[str, str]:
         """OpenAI's ``x-ratelimit-*`` headers; none for a key without limits."""
         if not has_limits(policy):
             return {}
         key = self._key(api_key_id, policy, now_s)
+        limits = _limits(policy)
         headers = {}
         for name, bucket in key.buckets.items():
-            headers[f"x-ratelimit-limit-{name}"] = str(int(bucket.per_min))
+            headers[f"x-ratelimit-limit-{name}"] = str(limits[name])
             headers[f"x-ratelimit-remaining-{name}"] = str(max(0, int(bucket.level)))
             headers[f"x-ratelimit-reset-{name}"] = duration(bucket.reset_s())
         return headers
@@ -127,22 +129,19 @@ class Limits:
     def _key(self, api_key_id: str, policy: KeyPolicy, now_s: float) -> _Key:
         key = self._keys.setdefault(api_key_id, _Key(now_s))
         key.used_s = now_s
-        limits = {"requests": policy.requests_per_min, "tokens": policy.tokens_per_min}
-        for name, limit in limits.items():
-            part = self._part(api_key_id, limit)
-            if part is None:
+        gateways = self._gateways.get(api_key_id, 1)
+        for name, limit in _limits(policy).items():
+            if limit is None:
                 key.buckets.pop(name, None)
             else:
+                part = limit / gateways
                 bucket = key.buckets.setdefault(name, Bucket(part, part, now_s))
                 bucket.refill(part, now_s)
         return key
 
-    def _part(self, api_key_id: str, limit: int | None) -> int | None:
-        """This gateway's part of a limit; the rest of the division goes to the first ones."""
-        if limit is None:
-            return None
-        number, gateways = self._parts.get(api_key_id, (0, 1))
-        return limit // gateways + (number < limit % gateways)
+
+def _limits(policy: KeyPolicy) -> dict[str, int | None]:
+    return {"requests": policy.requests_per_min, "tokens": policy.tokens_per_min}
 
 
 def has_limits(policy: KeyPolicy) -> bool:

@@ -130,7 +130,7 @@ class Gateway:
         report = GatewayReport(producer, epoch, self._queues.reports(), keys)
         orders = await self._scheduler.sync(report)
         self._queues.take_shares(orders.pools.items())
-        self._limits.take_parts(orders.key_parts)
+        self._limits.share(orders.key_gateways)
         self._slices.recall(orders.recalls)
         self._metrics.pools(self._queues.waiting())
         self._metrics.granted(self._slices.take_grants_asked())

@@ -114,6 +114,7 @@ def merge(chunks: list[EngineChunk]) -> EngineChunk:
         deltas=deltas,
         prompt_logprobs=first.prompt_logprobs,
         stop_reason=last.stop_reason,
+        embedding=last.embedding,
     )
 
 

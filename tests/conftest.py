@@ -3,6 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+# Else its plugin imports it when pytest ends, deep in calls: there CPython 3.11 may fail to compile
+# it (SystemError: AST constructor recursion depth mismatch).
+import hypothesis  # noqa: F401
 import pytest
 
 RAY_FREE = ("unit", "contracts", "properties")

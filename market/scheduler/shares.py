@@ -47,12 +47,12 @@ class GatewayReport:
 class GatewayOrders:
     """What it is told: routes, its part of pools and of keys' limits, whose money to give back.
 
-    ``key_parts``: (this gateway's number, how many gateways) that share a key's limits.
+    ``key_gateways``: how many gateways share a key's limits.
     """
 
     routes: RouteTable
     pools: Mapping[str, PoolShare]
-    key_parts: Mapping[str, tuple[int, int]]
+    key_gateways: Mapping[str, int]
     recalls: frozenset[str]
 
 
@@ -117,7 +117,7 @@ class Shares:
                 name: self._pools[name].share(report.producer, places.get(name))
                 for name in report.pools
             },
-            key_parts=self._key_parts(report),
+            key_gateways=self._key_gateways(report),
             recalls=frozenset(recalls),
         )
 
@@ -156,12 +156,9 @@ class Shares:
             weights |= {} if report is None else dict(report.weights)
         return weights
 
-    def _key_parts(self, report: GatewayReport) -> dict[str, tuple[int, int]]:
-        parts = {}
-        for key in report.limited_keys:
-            users = [n for n, g in self._gateways.items() if key in g.report.limited_keys]
-            parts[key] = (sorted(users).index(report.producer), len(users))
-        return parts
+    def _key_gateways(self, report: GatewayReport) -> dict[str, int]:
+        others = [gateway.report.limited_keys for gateway in self._gateways.values()]
+        return {key: sum(key in keys for keys in others) for key in report.limited_keys}
 
     def _drop(self, producer: str) -> None:
         self._gateways.pop(producer, None)
