@@ -33,6 +33,8 @@ WINDOW = 2
 FRAME_MAX_BYTES = 64 * 2**20
 SECRET_MAX_BYTES = 256
 CONNECT_TIMEOUT_S = 5.0
+# How long requests wait for a replica that is not there: a lost one is started again meanwhile.
+REPLICA_TIMEOUT_S = 120.0
 CLOSE_POLL_S = 0.5
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 5, 2, 3
 _LENGTH = struct.Struct("<I")
@@ -260,7 +262,7 @@ class Link:
         self._address = address
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
-        self._connecting = asyncio.Lock()
+        self._connecting: asyncio.Task[asyncio.StreamWriter] | None = None
         self._streams: dict[int, _Stream] = {}
         self._last = 0
 
@@ -298,9 +300,10 @@ class Link:
         """Close the connection as soon as no stream is under way: a replica drains."""
         while self._streams:
             await asyncio.sleep(CLOSE_POLL_S)
-        if self._reading is not None:
-            self._reading.cancel()
-            await asyncio.gather(self._reading, return_exceptions=True)
+        for task in (self._connecting, self._reading):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
 
     def _extend(self, number: int, credit: Credit) -> None:
         if self._writer is not None:
@@ -313,13 +316,15 @@ class Link:
     async def _connected(self) -> asyncio.StreamWriter:
         if self._writer is not None:
             return self._writer
-        async with self._connecting:
-            return self._writer or await self._connect()
+        if self._connecting is None or self._connecting.done():
+            self._connecting = asyncio.create_task(self._connect())
+        return await asyncio.shield(self._connecting)  # one attempt for all who wait
 
     async def _connect(self) -> asyncio.StreamWriter:
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            async with asyncio.timeout(REPLICA_TIMEOUT_S):
                 host, port, secret = await self._address()
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 reader, writer = await asyncio.open_connection(host, port)
         except (OSError, TimeoutError) as error:
             raise EngineFailed(f"the replica cannot be reached: {error!r}") from error

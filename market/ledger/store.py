@@ -215,7 +215,12 @@ class LedgerStore:
     def set_budgets(
         self, connection: Connection, subject: str, limits: dict[Period, int | None]
     ) -> int:
-        """Set or remove limits. Charges from the returned lsn on are counted; see found_spent."""
+        """Set or remove limits. Charges from the returned lsn on are counted; see found_spent.
+
+        Raises NotFound if ``subject`` is neither an account nor a key.
+        """
+        if self.account(connection, subject) is None:
+            registry.key(connection, subject)
         now = self._clock.now()
         for period, limit_pico in limits.items():
             self.state.set_spend((subject, period), Spend(budgets.window(period, now)[0], 0))

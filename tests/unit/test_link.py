@@ -221,6 +221,22 @@ async def test_a_lost_replica_fails_its_answers_and_the_next_connects_anew():
         assert text(await read(link, number=1)).startswith("0 1 ")
 
 
+async def test_many_who_wait_for_a_lost_replica_share_one_attempt(monkeypatch):
+    monkeypatch.setattr("serve_apps.link.REPLICA_TIMEOUT_S", 0.1)
+    asked = 0
+
+    async def address():
+        nonlocal asked
+        asked += 1
+        await asyncio.Event().wait()
+
+    link = Link(address)
+    waiting = [read(link, number=n) for n in range(20)]
+    outcomes = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 5)
+    assert {type(outcome) for outcome in outcomes} == {EngineFailed}
+    assert asked == 1
+
+
 async def test_nobody_listens():
     async def address():
         return HOST, 1, "x"
