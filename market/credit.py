@@ -32,13 +32,12 @@ class Credit:
         if self.on_extend is not None:
             self.on_extend()
 
-    async def covers(self, tokens: int) -> bool:
-        """Whether ``tokens`` in all are paid for; waits for the answer if that is not decided."""
-        while self.tokens < tokens and not self.final:
+    async def grown(self, tokens: int) -> None:
+        """Wait until it is more than ``tokens``, or final."""
+        while self.tokens <= tokens and not self.final:
             self._waiter = self._waiter or asyncio.Event()
             self._waiter.clear()
             await self._waiter.wait()
-        return self.tokens >= tokens
 
 
 async def within(
@@ -46,16 +45,22 @@ async def within(
 ) -> AsyncGenerator[EngineChunk, None]:
     """The same stream as far as ``credit`` reaches; then it ends with ``length``.
 
-    A chunk of several tokens cannot be split: where it does not fit as a whole it is left out.
+    A chunk of several tokens cannot be split: until it fits as a whole the stream stands still,
+    after an empty chunk that says so (``wants``); if it never does, it is left out.
     """
     produced = 0
-    counts: TokenCounts | None = None
+    counts = TokenCounts(0, 0, 0)
     async with aclosing(chunks):
         async for chunk in chunks:
             wanted = produced + len(chunk.token_ids)
-            if wanted > credit.tokens and not await credit.covers(wanted):
+            counts = chunk.counts
+            while wanted > credit.tokens and not credit.final:
+                tokens = credit.tokens
+                yield EngineChunk("", (), _at(counts, produced), wants=wanted)
+                await credit.grown(tokens)
+            if wanted > credit.tokens:
                 break
-            produced, counts = wanted, chunk.counts
+            produced = wanted
             yield chunk
             if chunk.finish_reason is not None:
                 return
@@ -63,7 +68,8 @@ async def within(
                 break
         else:
             return  # the engine ended without a reason: whoever reads on decides what that means
-    if counts is None:
-        counts = TokenCounts(chunk.counts.input_tokens, chunk.counts.cached_input_tokens, 0)
-    known = TokenCounts(counts.input_tokens, counts.cached_input_tokens, produced)
-    yield EngineChunk("", (), known, FinishReason.LENGTH)
+    yield EngineChunk("", (), _at(counts, produced), FinishReason.LENGTH)
+
+
+def _at(counts: TokenCounts, produced: int) -> TokenCounts:
+    return TokenCounts(counts.input_tokens, counts.cached_input_tokens, produced)

@@ -194,6 +194,10 @@ class MemoryLedger:
             change.hold_id, change.version, change.wanted_pico, change.minimum_pico
         )
 
+    def hold(self, hold_id: str) -> Hold:
+        """A hold, whatever became of it."""
+        return self._books.holds[hold_id]
+
     async def open_holds(self) -> list[Hold]:
         """Holds that have not ended."""
         return [h for h in self._books.holds.values() if h.state is HoldState.PENDING]

@@ -249,8 +249,9 @@ class Inference:
                         if len(reasons) == admission.ask.count:
                             outcome = max(reasons, key=_TELLING.index)
                     else:
-                        self._extend(admission, meter, running, chunk.index)
-                    yield chunk
+                        self._extend(admission, meter, running, chunk)
+                    if chunk.wants is None or chunk.token_ids:
+                        yield chunk
         except EngineFailed:
             outcome = FinishReason.PROVIDER_ERROR
             raise
@@ -414,14 +415,21 @@ class Inference:
         if meter.output[index] > min(credit.tokens, admission.output_limit):
             raise MarketFault("the engine generated more tokens than it was asked for")
 
-    def _extend(self, admission: Admission, meter: Meter, running: _Running, index: int) -> None:
+    def _extend(
+        self, admission: Admission, meter: Meter, running: _Running, chunk: EngineChunk
+    ) -> None:
         """Reserve the next block before the last is used up; end the answer if there is none."""
+        index = chunk.index
         credit, paid = running.credits[index], admission.reservation
+        if paid is None or credit.final or index in running.extending:
+            return
+        wanted = chunk.wants or 0
         left = credit.tokens - meter.output[index]
-        if paid is None or credit.final or index in running.extending or left > EXTEND_AHEAD_TOKENS:
+        if left > EXTEND_AHEAD_TOKENS and wanted <= credit.tokens:
             return
         limit = admission.output_limit
-        more = min(pricing.FIRST_BLOCK_TOKENS, limit - credit.tokens)
+        more = max(pricing.FIRST_BLOCK_TOKENS, wanted - credit.tokens)
+        more = min(more, limit - credit.tokens)
         if self._slices.extend(admission.key, paid, more):
             credit.extend(credit.tokens + more, final=credit.tokens + more >= limit)
             return

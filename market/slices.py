@@ -110,14 +110,13 @@ class Slice:
 class Reservation:
     """A request's part of a slice: what it may still cost, at ``card``'s prices.
 
-    ``block_tokens`` of output were reserved for each answer at first, ``extra_tokens`` since.
+    ``block_tokens`` of output were reserved for each answer at first.
     """
 
     slice: Slice
     card: RateCard
     pico: int
     block_tokens: int
-    extra_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -181,7 +180,6 @@ def extend(reservation: Reservation, output_tokens: int) -> bool:
         return False
     reservation.slice.reserved_pico += pico
     reservation.pico += pico
-    reservation.extra_tokens += output_tokens
     return True
 
 

@@ -37,6 +37,7 @@ class _Waiter:
     weight: int
     deadline_s: float
     reservation: Reservation | None = None
+    extended_tokens: int = 0
     done: "asyncio.Future[Reservation]" = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -74,6 +75,7 @@ class _Waiter:
         fits = min(self.need.block_tokens, max(0, self.reservation.slice.free_pico // price))
         if fits < 1 or not slices.extend(self.reservation, fits):
             return False
+        self.extended_tokens = fits
         self.done.set_result(self.reservation)
         return True
 
@@ -117,16 +119,16 @@ class Slices:
         self, key: PurseKey, reservation: Reservation, tokens: int, weight: int = 1
     ) -> int:
         """Another block for an answer, or what can be had of it; returns the tokens, perhaps 0."""
-        before = reservation.extra_tokens
-        if not self.extend(key, reservation, tokens):
-            deadline_s = self._clock.monotonic() + RECALL_PATIENCE_S
-            need = Need(0, tokens, tokens)
-            waiter = _Waiter(need, reservation.card, weight, deadline_s, reservation)
-            try:
-                await self._wait(key, waiter)
-            except MarketError as error:
-                logger.info("an answer of %s ends for want of money: %s", key.tenant_id, error)
-        return reservation.extra_tokens - before
+        if self.extend(key, reservation, tokens):
+            return tokens
+        deadline_s = self._clock.monotonic() + RECALL_PATIENCE_S
+        need = Need(0, tokens, tokens)
+        waiter = _Waiter(need, reservation.card, weight, deadline_s, reservation)
+        try:
+            await self._wait(key, waiter)
+        except MarketError as error:
+            logger.info("an answer of %s ends for want of money: %s", key.tenant_id, error)
+        return waiter.extended_tokens
 
     def settle(self, reservation: Reservation, charge_pico: int) -> None:
         """The request has ended; call it just before its record is given to the sink."""
@@ -307,6 +309,7 @@ class Slices:
             model=key.model,
             weight=weight,
             output_pico=card.output_pico,
+            has_pico=part.granted_pico,
             opens=opens,
             changes=changes,
         )

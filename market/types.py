@@ -230,7 +230,8 @@ class EngineChunk(msgspec.Struct, frozen=True, array_like=True):
     all streams. ``deltas`` are pieces of a chat message as JSON objects, in place of ``text``,
     where the request asked for parsing. ``prompt_logprobs`` come with the first chunk; the first
     token of a prompt has none. ``index`` tells the answers of one request apart.
-    An ``embedding`` is a vector of little-endian 32-bit floats.
+    An ``embedding`` is a vector of little-endian 32-bit floats. With ``wants`` the answer stands
+    still until so many output tokens in all are paid for.
     """
 
     text: str
@@ -245,6 +246,7 @@ class EngineChunk(msgspec.Struct, frozen=True, array_like=True):
     stop_reason: int | str | None = None
     index: int = 0
     embedding: bytes | None = None
+    wants: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,7 +331,8 @@ class HoldChange:
 class SliceAsk:
     """A gateway wants a slice (``opens``) or more of one that it has (``changes``).
 
-    ``output_pico`` is the price of an output token, ``weight`` the tenant's.
+    ``output_pico`` is the price of an output token, ``weight`` the tenant's. ``has_pico`` was
+    granted before: requests reserve from it meanwhile, so that an answer may not be less.
     """
 
     producer: str
@@ -338,6 +341,7 @@ class SliceAsk:
     model: str
     weight: int
     output_pico: int
+    has_pico: int = 0
     opens: HoldRequest | None = None
     changes: HoldChange | None = None
 

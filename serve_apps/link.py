@@ -117,6 +117,7 @@ def merge(chunks: list[EngineChunk]) -> EngineChunk:
         prompt_logprobs=first.prompt_logprobs,
         stop_reason=last.stop_reason,
         embedding=last.embedding,
+        wants=last.wants,
     )
 
 
@@ -318,7 +319,14 @@ class Link:
             return self._writer
         if self._connecting is None or self._connecting.done():
             self._connecting = asyncio.create_task(self._connect())
-        return await asyncio.shield(self._connecting)  # one attempt for all who wait
+        attempt = self._connecting  # one for all who wait
+        try:
+            return await asyncio.shield(attempt)
+        except asyncio.CancelledError:
+            asked = asyncio.current_task()
+            if attempt.cancelled() and not (asked and asked.cancelling()):  # the link was closed
+                raise EngineFailed("the replica is gone") from None
+            raise
 
     async def _connect(self) -> asyncio.StreamWriter:
         try:

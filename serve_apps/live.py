@@ -28,6 +28,8 @@ from serve_apps.tokenization import Prompter, load_prompter
 logger = logging.getLogger(__name__)
 
 REFRESH_S = 0.5
+ADDRESS_TRIES = 5
+ADDRESS_RETRY_S = 0.2
 
 
 class Prices(Protocol):
@@ -43,11 +45,17 @@ def replica_link(handle: Any) -> Link:
     ask = handle.options(method_name="address")
 
     async def address() -> tuple[str, int, str]:
-        try:
-            host, port, secret = await ask.remote()
-        except (RayError, RayServeException) as error:
-            raise EngineFailed(f"the replica is gone: {type(error).__name__}") from error
-        return host, port, secret
+        tries = 0
+        while True:
+            try:
+                host, port, secret = await ask.remote()
+                return host, port, secret
+            except (RayError, RayServeException) as error:
+                # Serve may not know yet that it is dead; asked again it waits for the next one.
+                tries += 1
+                if tries == ADDRESS_TRIES:
+                    raise EngineFailed(f"the replica is gone: {type(error).__name__}") from error
+            await asyncio.sleep(ADDRESS_RETRY_S)
 
     return Link(address)
 

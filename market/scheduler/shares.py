@@ -135,7 +135,7 @@ class Shares:
         part = ask.weight / sum(weights.get(name, 1) for name in active)
         rate = self._rates.get(ask.model, (0.0, 0.0))[0]
         ahead_pico = round(rate * SHARE_S * part / max(1, len(self._gateways)) * ask.output_pico)
-        return max(minimum_pico, min(wanted_pico, minimum_pico + ahead_pico))
+        return max(ask.has_pico, minimum_pico, min(wanted_pico, minimum_pico + ahead_pico))
 
     def _measure(self, pool_name: str, producer: str, report: PoolReport, now_s: float) -> None:
         """Weighted tokens per second that a pool gives, over all gateways."""

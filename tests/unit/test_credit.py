@@ -77,6 +77,18 @@ async def test_it_waits_for_more_credit_and_goes_on():
     assert seen[-1].finish_reason is FinishReason.LENGTH
 
 
+async def test_a_large_chunk_says_what_it_wants_and_stands_still():
+    credit = Credit(4)
+    chunks = within(engine(3, 5), credit)
+    assert len((await anext(chunks)).token_ids) == 3
+    hungry = await anext(chunks)
+    assert (hungry.token_ids, hungry.wants, hungry.counts) == ((), 8, TokenCounts(7, 3, 3))
+    credit.extend(6)  # not enough yet
+    assert (await anext(chunks)).wants == 8
+    credit.extend(8)
+    assert len((await anext(chunks)).token_ids) == 5
+
+
 async def test_whoever_is_far_away_is_told_of_every_extension():
     credit, told = Credit(1), []
     credit.on_extend = lambda: told.append((credit.tokens, credit.final))

@@ -237,6 +237,25 @@ async def test_many_who_wait_for_a_lost_replica_share_one_attempt(monkeypatch):
     assert asked == 1
 
 
+async def test_closing_the_link_fails_those_who_wait_for_it():
+    link = Link(lambda: asyncio.Event().wait())
+    waiting = asyncio.create_task(read(link))
+    await asyncio.sleep(0.01)
+    await link.close()
+    with pytest.raises(EngineFailed, match="gone"):
+        await waiting
+
+
+async def test_who_gives_up_waiting_is_cancelled():
+    link = Link(lambda: asyncio.Event().wait())
+    waiting = asyncio.create_task(read(link))
+    await asyncio.sleep(0.01)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await link.close()
+
+
 async def test_nobody_listens():
     async def address():
         return HOST, 1, "x"

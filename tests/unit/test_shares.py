@@ -86,7 +86,10 @@ class TestGrants:
     async def test_are_never_less_than_needed_nor_more_than_wanted(self, shares, ledger):
         sync(shares, tiny=pool(10, 5, ("acme", "other"), acme=1.0))
         await shares.grant(opening(wanted=7 * PRICE, minimum=7 * PRICE))
-        assert ledger.asked == [(7 * PRICE, 7 * PRICE)]
+        change = HoldChange("slice-1", 2, 90 * PRICE, 2 * PRICE)
+        has = 60 * PRICE  # requests reserve from it while this is asked
+        await shares.grant(SliceAsk("gw0", 1, "acme", "tiny", 1, PRICE, has, changes=change))
+        assert ledger.asked == [(7 * PRICE, 7 * PRICE), (60 * PRICE, 2 * PRICE)]
 
 
 class TestRecalls:
