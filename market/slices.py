@@ -58,7 +58,8 @@ class Need:
 class Slice:
     """One hold of this gateway. ``last_seq`` numbers the newest record that draws on it.
 
-    ``is_open`` once the ledger has said so; ``need_pico`` is what a request typically reserves.
+    ``is_asked`` once the ledger may have it, ``is_open`` once it has said so; ``need_pico`` is what
+    a request typically reserves.
     """
 
     slice_id: str
@@ -71,6 +72,7 @@ class Slice:
     requests: int = 0
     last_seq: int = -1
     used_s: float = 0.0
+    is_asked: bool = False
     is_open: bool = False
     closing: bool = False
     need_pico: int = 0

@@ -5,6 +5,7 @@ long as the slice has enough. One task per purse asks for grants; who must wait,
 """
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Coroutine, Iterable
@@ -13,7 +14,7 @@ from typing import Any
 
 from market import pricing, slices
 from market.accounts import HoldResult, HoldStatus
-from market.errors import InsufficientBalance, MarketError, MarketFault
+from market.errors import InsufficientBalance, InvalidRequest, MarketError, MarketFault
 from market.ports import Clock, Grants, Returns, UsageSink
 from market.slices import IDLE_S, MAX_AGE_S, Need, Purse, PurseKey, Reservation, Slice
 from market.types import HoldChange, HoldRequest, Lane, PackLeft, RateCard, SliceAsk
@@ -163,13 +164,15 @@ class Slices:
 
     async def close(self) -> None:
         """Give everything back; all records must be booked."""
-        for task in [*self._renewing.values(), *self._background]:
+        tasks = [*self._renewing.values(), *self._background]
+        for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for key, purse in list(self._purses.items()):
             for part in list(purse.slices()):
                 if not part.closing:
                     purse.drop(part)
-            await self._tidy(key)
+            await self._end_closed(key)
 
     # -- asking --------------------------------------------------------------------------------
 
@@ -266,6 +269,7 @@ class Slices:
             wanted_pico += max(part.ahead_pico, 2 * wanted_pico)
         ask = self._ask_for(purse.key, part, (least_pico, wanted_pico), card, weight)
         self._grants_asked += 1
+        part.is_asked = True
         result = await self._grants.grant(ask)
         purse.offers = result.packs
         if result.hold is not None:
@@ -362,17 +366,25 @@ class Slices:
         return gave
 
     async def _tidy(self, key: PurseKey) -> None:
-        purse, now_s = self._purses[key], self._clock.monotonic()
-        for part in list(purse.slices()):
-            idle = part.requests == 0 and now_s - part.used_s > IDLE_S
-            if not part.closing and (idle or now_s - part.born_s > MAX_AGE_S):
-                purse.drop(part)
-        if any(not p.closing and p.free_pico > 4 * p.ahead_pico for p in purse.slices()):
-            await self._shrink(key, leave_ahead=True)
+        if not self._lock(key).locked():  # else it is being asked for: not idle at all
+            purse, now_s = self._purses[key], self._clock.monotonic()
+            for part in list(purse.slices()):
+                idle = part.requests == 0 and now_s - part.used_s > IDLE_S
+                if not part.closing and (idle or now_s - part.born_s > MAX_AGE_S):
+                    purse.drop(part)
+            if any(not p.closing and p.free_pico > 4 * p.ahead_pico for p in purse.slices()):
+                await self._shrink(key, leave_ahead=True)
+        await self._end_closed(key)
+
+    async def _end_closed(self, key: PurseKey) -> None:
+        """End the slices that are used no more and whose records are booked."""
+        purse = self._purses[key]
         for part in list(purse.closing):
             if part.requests == 0 and self._sink.booked > part.last_seq:
-                if part.is_open:
-                    await self._returns.end_hold(*self._sink.identity(), part.slice_id)
+                if part.is_asked:
+                    # Where the answer was lost it may never have been opened.
+                    with contextlib.suppress(InvalidRequest):
+                        await self._returns.end_hold(*self._sink.identity(), part.slice_id)
                 purse.closing.remove(part)
         if not any(purse.slices()) and not self._waiting.get(key) and key not in self._renewing:
             del self._purses[key]

@@ -37,6 +37,8 @@ from serve_apps.http import Services, create_app
 from serve_apps.idempotency import Idempotency
 from serve_apps.live import LiveRoutes
 from serve_apps.metrics import CountingSink, Metrics
+from serve_apps.observed import AccessLog, Watcher
+from serve_apps.telemetry import start_telemetry, telemetry_wanted
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +83,11 @@ class Gateway:
         )
         self._inference = Inference(clock, self._slices, self._queues, sink, routes)
         self._idempotency = Idempotency(answers, self._producer.identity)
+        self._access_log = AccessLog(config.logs_dir, self._slot.name)
+        self._telemetry = start_telemetry(self._slot.name) if telemetry_wanted() else None
+        watchers: list[Watcher] = [self._access_log, self._metrics.refused]
+        if self._telemetry is not None:
+            watchers.append(self._telemetry)
         app = create_app(
             Services(
                 config=config,
@@ -93,6 +100,7 @@ class Gateway:
                 limits=self._limits,
                 idempotency=self._idempotency,
                 metrics=self._metrics,
+                watchers=tuple(watchers),
                 ray_access=partial(ray_access, config),
             )
         )
@@ -164,6 +172,9 @@ class Gateway:
         with contextlib.suppress(MarketError):
             await self._slices.close()
         await self._producer.stop()
+        if self._telemetry is not None:
+            await asyncio.to_thread(self._telemetry.shutdown)
+        self._access_log.close()
         self._slot.close()
 
 

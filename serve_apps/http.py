@@ -20,11 +20,12 @@ from market.ledger.service import Ledger
 from market.limits import Limits
 from market.ports import Clock
 from market.scheduler.service import Scheduler
-from market.types import Principal
+from market.types import FinishReason, Principal
 from serve_apps.auth import Authenticator, require_method
 from serve_apps.idempotency import Idempotency
 from serve_apps.live import LiveRoutes
 from serve_apps.metrics import Metrics
+from serve_apps.observed import Observer, Watcher, seen_of
 from serve_apps.streams import ClientGone
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class Services:
     limits: Limits
     idempotency: Idempotency
     metrics: Metrics
+    watchers: tuple[Watcher, ...] = ()
     ray_access: Callable[[], tuple[str, str]] = no_ray
 
 
@@ -67,6 +69,7 @@ async def principal_of(request: Request) -> Principal:
     """Who is asking. Raises InvalidKey, or PermissionDenied if the key may only read."""
     authenticator = services_of(request).authenticator
     principal = await authenticator.authenticate(request.headers.get("authorization"))
+    seen_of(request.scope).caller = principal
     require_method(principal, request.method)
     return principal
 
@@ -93,6 +96,7 @@ def create_app(services: Services) -> FastAPI:
     app.add_exception_handler(ClientGone, _client_gone)
     app.add_exception_handler(Exception, _bug)
     app.add_middleware(BodyLimit)
+    app.add_middleware(Observer, watchers=services.watchers)
     app.include_router(openai_api.router)
     app.include_router(market_api.router)
     app.include_router(keys_api.router)
@@ -130,13 +134,14 @@ class BodyLimit:
             return message
 
         if declared.isdigit() and int(declared) > BODY_MAX_BYTES:
-            await error_response(RequestTooLarge(TOO_LARGE))(scope, receive, send)
+            await error_response(scope, RequestTooLarge(TOO_LARGE))(scope, receive, send)
             return
         await self._app(scope, limited, send)
 
 
-def error_response(error: MarketError) -> JSONResponse:
+def error_response(scope: Scope, error: MarketError) -> JSONResponse:
     """An error as OpenAI's clients expect it."""
+    seen_of(scope).error_code = error.code
     headers = {}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
@@ -148,30 +153,33 @@ def error_response(error: MarketError) -> JSONResponse:
     return JSONResponse(error.body(), status_code=error.http_status, headers=headers)
 
 
-async def _client_gone(_request: Request, _error: Exception) -> Response:
+async def _client_gone(request: Request, _error: Exception) -> Response:
+    seen_of(request.scope).error_code = FinishReason.CLIENT_DISCONNECT
     return Response(status_code=CLIENT_CLOSED)  # nobody reads it
 
 
-async def _market_error(_request: Request, error: Exception) -> Response:
+async def _market_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, MarketError)
-    return error_response(error)
+    return error_response(request.scope, error)
 
 
-async def _validation_error(_request: Request, error: Exception) -> Response:
+async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"][1:])
-    return error_response(InvalidRequest(f"{where or 'body'}: {first['msg']}", param=where or None))
+    message = f"{where or 'body'}: {first['msg']}"
+    return error_response(request.scope, InvalidRequest(message, param=where or None))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
-        return error_response(NotFound(f"no such address: {request.url.path}"))
+        return error_response(request.scope, NotFound(f"no such address: {request.url.path}"))
     wrapped = InvalidRequest(str(error.detail))
     return JSONResponse(wrapped.body(), status_code=error.status_code, headers=error.headers)
 
 
 async def _bug(request: Request, error: Exception) -> Response:
     logger.error("unexpected error in %s", request.url.path, exc_info=error)
-    return error_response(MarketFault("internal error; you are not billed for this request"))
+    fault = MarketFault("internal error; you are not billed for this request")
+    return error_response(request.scope, fault)

@@ -17,8 +17,7 @@ import logging
 import secrets
 import socket
 import struct
-from collections.abc import AsyncGenerator, Callable
-from typing import Any
+from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import msgspec
 
@@ -33,7 +32,7 @@ WINDOW = 2
 FRAME_MAX_BYTES = 64 * 2**20
 SECRET_MAX_BYTES = 256
 CONNECT_TIMEOUT_S = 5.0
-# How long requests wait for a replica that is not there: a lost one is started again meanwhile.
+# How long to look for a replica that is not there: a lost one is started again meanwhile.
 REPLICA_TIMEOUT_S = 120.0
 CLOSE_POLL_S = 0.5
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 5, 2, 3
@@ -258,14 +257,20 @@ class _Peer:
 class Link:
     """The gateway's end: an Engine port over one connection, made again when it is lost."""
 
-    def __init__(self, address: Callable[[], Any]) -> None:
-        """``address`` is a coroutine function that returns (host, port, secret)."""
+    def __init__(self, address: Callable[[], Awaitable[tuple[str, int, str]]]) -> None:
+        """``address`` finds the replica's (host, port, secret), however long that takes."""
         self._address = address
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
         self._connecting: asyncio.Task[asyncio.StreamWriter] | None = None
+        self._closed = False
         self._streams: dict[int, _Stream] = {}
         self._last = 0
+
+    @property
+    def connected(self) -> bool:
+        """Whether the replica can be asked at once."""
+        return self._writer is not None
 
     @property
     def streams(self) -> int:
@@ -301,6 +306,7 @@ class Link:
         """Close the connection as soon as no stream is under way: a replica drains."""
         while self._streams:
             await asyncio.sleep(CLOSE_POLL_S)
+        self._closed = True
         for task in (self._connecting, self._reading):
             if task is not None:
                 task.cancel()
@@ -314,12 +320,18 @@ class Link:
         with contextlib.suppress(OSError):  # the reader notices, too, and says so to all streams
             _write(writer, _encoder.encode(asked))
 
+    def connect(self) -> None:
+        """Begin to connect, so that no request has to wait for it."""
+        if self._writer is None and (self._connecting is None or self._connecting.done()):
+            self._connecting = asyncio.create_task(self._connect())
+            self._connecting.add_done_callback(_seen)
+
     async def _connected(self) -> asyncio.StreamWriter:
         if self._writer is not None:
             return self._writer
-        if self._connecting is None or self._connecting.done():
-            self._connecting = asyncio.create_task(self._connect())
+        self.connect()
         attempt = self._connecting  # one for all who wait
+        assert attempt is not None
         try:
             return await asyncio.shield(attempt)
         except asyncio.CancelledError:
@@ -362,6 +374,8 @@ class Link:
             lost = _failure(EngineFailed("the replica is gone"))
             for stream in self._streams.values():
                 stream.put(Piece(0, None, lost))
+            if not self._closed:
+                self.connect()
 
 
 class _Stream:
@@ -394,6 +408,12 @@ class _Stream:
         chunk = merge(self._chunks)
         self._chunks.clear()
         return chunk
+
+
+def _seen(attempt: "asyncio.Task[asyncio.StreamWriter]") -> None:
+    """Perhaps nobody waits for it."""
+    if not attempt.cancelled() and attempt.exception() is not None:
+        logger.info("%s", attempt.exception())
 
 
 def tune(writer: asyncio.StreamWriter) -> None:

@@ -28,7 +28,6 @@ from serve_apps.tokenization import Prompter, load_prompter
 logger = logging.getLogger(__name__)
 
 REFRESH_S = 0.5
-ADDRESS_TRIES = 5
 ADDRESS_RETRY_S = 0.2
 
 
@@ -45,19 +44,18 @@ def replica_link(handle: Any) -> Link:
     ask = handle.options(method_name="address")
 
     async def address() -> tuple[str, int, str]:
-        tries = 0
         while True:
             try:
                 host, port, secret = await ask.remote()
                 return host, port, secret
             except (RayError, RayServeException) as error:
                 # Serve may not know yet that it is dead; asked again it waits for the next one.
-                tries += 1
-                if tries == ADDRESS_TRIES:
-                    raise EngineFailed(f"the replica is gone: {type(error).__name__}") from error
+                logger.info("the replica of %s is gone: %s", handle.app_name, type(error).__name__)
             await asyncio.sleep(ADDRESS_RETRY_S)
 
-    return Link(address)
+    link = Link(address)
+    link.connect()
+    return link
 
 
 class LiveRoutes:
@@ -235,7 +233,9 @@ class LiveRoutes:
                     return entry
         return None
 
-    def _busy(self, route: Route) -> tuple[int, str]:
-        """Answers under way through this gateway."""
-        engine = self._engines.get(route.app_name)
-        return (engine.streams if engine is not None else 0, route.app_name)
+    def _busy(self, route: Route) -> tuple[bool, int, str]:
+        """A replica that was lost comes last; else the answers under way through this gateway."""
+        link = self._engines.get(route.app_name)
+        if link is None:
+            return True, 0, route.app_name
+        return not link.connected, link.streams, route.app_name

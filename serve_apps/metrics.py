@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 
 from market.ports import UsageSink
 from market.types import CURRENCY, Lease, UsageRecord
+from serve_apps.observed import Seen
 
 ADMISSION_BUCKETS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.2, 1, 5)
 TIME_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
@@ -114,9 +115,10 @@ class Metrics:
         """Count a request that was refused because its model has no price."""
         self._unpriced.labels(model).inc()
 
-    def refused(self, code: str) -> None:
-        """Count a request that was answered with an error."""
-        self._refused.labels(code).inc()
+    def refused(self, seen: Seen) -> None:
+        """Count a request that ended with an error."""
+        if seen.error_code is not None:
+            self._refused.labels(seen.error_code).inc()
 
     def admitted(self, seconds: float) -> None:
         """How long an admission took."""

@@ -18,6 +18,7 @@ from market.inference import Admission, Ask
 from market.types import EngineChunk, Principal, Route, Sampling, UsageRecord
 from serve_apps.auth import require_model
 from serve_apps.http import Caller, Services, With, principal_of, services_of
+from serve_apps.observed import Seen, seen_of
 from serve_apps.responses import ResponsesBody, ResponsesEvents, responses_object
 from serve_apps.shapes import (
     ChatShape,
@@ -55,6 +56,7 @@ class Call:
     caller: Principal
     route: Route
     ask: Ask
+    operation: str
     stream: bool
     whole: Callable[[Admission, UsageRecord], dict[str, Any]]
     events: Callable[[Admission], Writer]
@@ -157,6 +159,7 @@ async def _responses(services: Services, caller: Principal, raw: bytes) -> Call:
         caller,
         route,
         ask,
+        "chat",
         stream=bool(body.stream),
         whole=lambda a, record: responses_object(body, a, shape.choices()[0], record),
         events=lambda a: ResponsesEvents(body, a),
@@ -189,7 +192,7 @@ async def _embeddings(services: Services, caller: Principal, raw: bytes) -> Call
             vectors[chunk.index] = chunk.embedding
 
     ask = Ask(prompts, Sampling(1), embeds=True)
-    return Call(services, caller, route, ask, False, whole, _no_events, keep)
+    return Call(services, caller, route, ask, "embeddings", False, whole, _no_events, keep)
 
 
 def _generation(
@@ -218,6 +221,7 @@ def _generation(
         caller,
         route,
         ask,
+        shape.operation,
         stream=bool(body.stream),
         whole=lambda a, record: {
             **envelope(a, shape.whole),
@@ -249,15 +253,17 @@ async def _answer(
     async def make() -> Response:
         began_s = time.perf_counter()
         call = await read(services, caller, raw)
-        return await _generate(call, began_s)
+        return await _generate(call, began_s, seen_of(request.scope))
 
     if "idempotency-key" in request.headers:
         return await services.idempotency.answer(request, caller, make)
     return await unless_gone(request, make())
 
 
-async def _generate(call: Call, began_s: float) -> Response:
+async def _generate(call: Call, began_s: float, seen: Seen) -> Response:
     services, caller, policy = call.services, call.caller, call.caller.policy
+    seen.operation, seen.model, seen.stream = call.operation, call.route.model, call.stream
+    seen.sampling, seen.answers = call.ask.sampling, call.ask.answers
     limit = call.ask.sampling.max_tokens or pricing.FIRST_BLOCK_TOKENS
     expected = call.ask.input_tokens + limit * call.ask.count
     now_s = services.clock.monotonic()
@@ -266,16 +272,20 @@ async def _generate(call: Call, began_s: float) -> Response:
     streaming = False
     try:
         admission = await services.inference.admit(caller, call.route, call.ask)
+        seen.request_id = admission.request_id
         services.metrics.admitted(time.perf_counter() - began_s)
         stream = services.inference.stream(admission)
 
-        def done(record: UsageRecord | None) -> None:
+        def done(record: UsageRecord | None, error: MarketError | None) -> None:
+            seen.record = record
+            if error is not None:
+                seen.error_code = error.code
             tokens = expected if record is None else record.input_tokens + record.output_tokens
             services.limits.leave(let, tokens, services.clock.monotonic())
 
         headers = _headers(call, admission)
         if not call.stream:
-            record = await _collect(stream, call)
+            seen.record = record = await _collect(stream, call)
             used = record.input_tokens + record.output_tokens
             headers["x-market-cost"] = pricing.format_money(record.charge_pico)
             body = encode(call.whole(admission, record))
@@ -306,10 +316,11 @@ async def _events(
     first: EngineChunk | UsageRecord,
     stream: Stream,
     writer: Writer,
-    done: Callable[[UsageRecord | None], None],
+    done: Callable[[UsageRecord | None, MarketError | None], None],
 ) -> AsyncGenerator[bytes, None]:
     """Chunks as server-sent events; the end comes only after the record is safe."""
     item, record = first, None
+    failure: MarketError | None = None
     try:
         async with aclosing(stream):
             yield writer.opening()
@@ -320,16 +331,18 @@ async def _events(
                         yield written
                     item = await anext(stream)
             except MarketError as error:
+                failure = error
                 yield event(error.body())
                 return
             except Exception:
                 logger.exception("a stream broke")
-                yield event(MarketFault("internal error; you are not billed").body())
+                failure = MarketFault("internal error; you are not billed")
+                yield event(failure.body())
                 return
             record = item
             yield writer.ending(record)
     finally:
-        done(record)
+        done(record, failure)
 
 
 def _headers(call: Call, admission: Admission) -> dict[str, str]:

@@ -67,6 +67,7 @@ class _Choice:
 class ChatShape:
     """Shapes of chat answers."""
 
+    operation = "chat"
     prefix = "chatcmpl"
     whole = "chat.completion"
     piece = "chat.completion.chunk"
@@ -146,6 +147,7 @@ class ChatShape:
 class CompletionShape:
     """Shapes of completion answers."""
 
+    operation = "text_completion"
     prefix = "cmpl"
     whole = "text_completion"
     piece = "text_completion"

@@ -9,6 +9,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from market.types import FinishReason
+from serve_apps.observed import seen_of
+
 Result = TypeVar("Result")
 
 
@@ -56,6 +59,8 @@ class EventStream(Response):
             await asyncio.wait({sending, watching}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 sending.result()
+            else:
+                seen_of(scope).error_code = FinishReason.CLIENT_DISCONNECT
         finally:
             sending.cancel()
             watching.cancel()

@@ -127,6 +127,9 @@ class TestByHand:
         assert "tiny-qwen" in market.run("status").stdout
 
     def test_stop_and_start_bring_everything_back(self, market):
+        wait_until(
+            lambda: market.cli("tenants", "show", "acme")["held"] == "0", "the slice's return"
+        )
         before = market.cli("tenants", "show", "acme")
         market.cli("down")
         assert market.cli("down") == {"state": "was not running"}

@@ -17,7 +17,7 @@ from datetime import timedelta
 from market import accounts as rules
 from market.accounts import HoldState
 from market.credit import within
-from market.errors import EngineFailed, MarketError, Overloaded
+from market.errors import EngineFailed, MarketError, MarketFault, Overloaded
 from market.fakes import FakeClock, FakeRoutes, MemoryLedger
 from market.inference import Ask, Inference
 from market.queueing import Queues
@@ -321,6 +321,8 @@ class World:
         self.seen["admissions"] += 1
         try:
             admission = await gateway.inference.admit(principal, ROUTE, ask)
+        except MarketFault:
+            raise  # a bug
         except MarketError as error:
             self.seen[f"refused {error.code}"] += 1
             return
@@ -334,6 +336,8 @@ class World:
                         self.seen["hang-ups"] += 1
                         return
             self.seen["completions"] += 1
+        except MarketFault:
+            raise  # a bug
         except MarketError as error:
             self.seen[f"failed {error.code}"] += 1
 

@@ -61,7 +61,7 @@ class Market:
         services = Services(
             config, self.clock, self.ledger, self.scheduler, None, None,
             Authenticator(self.ledger, self.clock), None, None, None,
-            lambda: ("10.0.0.1:6379", "ray-token"),
+            ray_access=lambda: ("10.0.0.1:6379", "ray-token"),
         )  # fmt: skip
         transport = httpx.ASGITransport(create_app(services))
         self.client = httpx.AsyncClient(transport=transport)

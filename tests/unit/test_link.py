@@ -217,6 +217,7 @@ async def test_a_lost_replica_fails_its_answers_and_the_next_connects_anew():
         with pytest.raises(EngineFailed, match="gone"):
             await reading
         await until(lambda: engine.given_up.is_set())
+        await until(lambda: link.connected)  # by itself, before anybody asks
         engine.paced = False
         assert text(await read(link, number=1)).startswith("0 1 ")
 

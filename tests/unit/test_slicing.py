@@ -122,6 +122,40 @@ class TestGivingBack:
         await here.slices._tidy(KEY)
         assert await held(here) == 0
 
+    @pytest.mark.parametrize("there", [True, False])
+    async def test_slice_whose_opening_was_never_answered_ends_too(self, here, there):
+        real = here.grants.grant
+
+        async def lost(ask):
+            if there:
+                await real(ask)
+            raise Overloaded("no answer", retry_after_s=1)
+
+        here.grants.grant = lost
+        with pytest.raises(Overloaded):
+            await reserve(here)
+        assert (await held(here) > 0) is there
+        here.clock.advance(IDLE_S + 1)
+        await here.slices._tidy(KEY)
+        assert await held(here) == 0
+
+    async def test_slice_that_is_just_asked_for_is_not_idle(self, here):
+        real, gate = here.grants.grant, asyncio.Event()
+        give_back(here, await reserve(here))
+        here.clock.advance(IDLE_S + 1)
+
+        async def slow(ask):
+            await gate.wait()
+            return await real(ask)
+
+        here.grants.grant = slow
+        waiting = asyncio.create_task(reserve(here, need=Need(900, 100_000, 100_000)))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        await here.slices._tidy(KEY)
+        gate.set()
+        await asyncio.wait_for(waiting, 5)
+
     async def test_old_slice_is_replaced_though_it_is_in_use(self, here):
         one = await reserve(here)
         here.clock.advance(MAX_AGE_S + 1)
@@ -163,6 +197,17 @@ class TestGivingBack:
 
         two.grants.grant = grant
         assert (await reserve(two)).pico == FIRST
+
+
+async def test_extensions_of_two_answers_do_not_count_each_others(here):
+    """They draw on one reservation; each is told of its own tokens only."""
+    one = await reserve(here)
+    before = one.pico
+    need = one.slice.granted_pico // CARD.output_pico
+    got = await asyncio.gather(
+        *(here.slices.extend_or_wait(KEY, one, need) for _ in range(3)),
+    )
+    assert one.pico - before == sum(got) * CARD.output_pico
 
 
 async def test_extension_takes_what_is_left_and_then_nothing():
