@@ -115,7 +115,7 @@ class FakeRoutes:
             raise NotFound(f"model {model!r} is not served", code="model_not_found")
         return self._route
 
-    def another(self, route: Route) -> Route:
+    async def another(self, route: Route) -> Route:
         """There is no other."""
         return route
 

@@ -386,7 +386,7 @@ class Inference:
         for attempt in range(1, DISPATCHES_MAX + 1):
             meter.dispatched_s = self._clock.monotonic()
             if attempt > 1:
-                meter.route = self._routes.another(meter.route)
+                meter.route = await self._routes.another(meter.route)
             # Another id on the second try: a half-dead replica may still know the first.
             name = f"{request.request_id}-{index}-{attempt}"
             tried = msgspec.structs.replace(request, request_id=name)

@@ -106,8 +106,11 @@ class Routes(Protocol):
         """Raises NotFound for an unknown model, NoCapacity if it is not ready."""
         ...
 
-    def another(self, route: Route) -> Route:
-        """Another replica for a second try; the same if there is no other."""
+    async def another(self, route: Route) -> Route:
+        """A replica of the same deployment for a second try, as soon as one can be asked.
+
+        Raises EngineFailed if none can.
+        """
         ...
 
     async def rate_card(self, model: str) -> RateCard:

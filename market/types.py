@@ -279,6 +279,7 @@ class NotReady:
     """A deployment that cannot be asked right now, and why."""
 
     model: str
+    deployment_id: str
     tenant_id: str | None
     reason: str
 

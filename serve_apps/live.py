@@ -22,13 +22,14 @@ from market.types import (
     RouteTable,
 )
 from serve_apps.auth import may_use
-from serve_apps.link import Link
+from serve_apps.link import REPLICA_TIMEOUT_S, Link
 from serve_apps.tokenization import Prompter, load_prompter
 
 logger = logging.getLogger(__name__)
 
 REFRESH_S = 0.5
 ADDRESS_RETRY_S = 0.2
+ANOTHER_POLL_S = 0.1
 
 
 class Prices(Protocol):
@@ -113,7 +114,10 @@ class LiveRoutes:
         self._engines = engines
         self._table = RouteTable(
             ready=tuple(route for route in table.ready if route.app_name in engines),
-            starting=(*table.starting, *(NotReady(r.model, r.tenant_id, "starting") for r in gone)),
+            starting=(
+                *table.starting,
+                *(NotReady(r.model, r.deployment_id, r.tenant_id, "starting") for r in gone),
+            ),
         )
 
     async def refresh_forever(self) -> None:
@@ -163,14 +167,23 @@ class LiveRoutes:
             param="model",
         )
 
-    def another(self, route: Route) -> Route:
-        """Another replica of the same deployment for a second try; the same if there is none."""
-        same = [
-            other
-            for other in self._table.ready
-            if other.deployment_id == route.deployment_id and other.app_name != route.app_name
-        ]
-        return min(same, key=self._busy) if same else route
+    async def another(self, route: Route) -> Route:
+        """A replica of the same deployment for a second try, as soon as one can be asked.
+
+        The one that failed serves again if it was not the replica that failed; a replica that is
+        started anew is waited for. Raises EngineFailed if none comes.
+        """
+        until_s = asyncio.get_running_loop().time() + REPLICA_TIMEOUT_S
+        while asyncio.get_running_loop().time() < until_s:
+            ready = [r for r in self._table.ready if r.deployment_id == route.deployment_id]
+            there = [r for r in ready if self._engines[r.app_name].connected]
+            if there:
+                return min(there, key=lambda r: (r.app_name == route.app_name, self._busy(r)))
+            starting = (entry.deployment_id for entry in self._table.starting)
+            if not ready and route.deployment_id not in starting:
+                break
+            await asyncio.sleep(ANOTHER_POLL_S)
+        raise EngineFailed(f"no replica of {route.model} is left")
 
     async def rate_card(self, model: str) -> RateCard:
         """The price in force. Raises NotFound if there is none: nothing is served for free."""

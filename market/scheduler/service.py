@@ -250,13 +250,21 @@ class Scheduler:
             serving = [r for r in replicas if r.state is ReplicaState.READY]
             if lease is not None and self._clock.now() >= leases.drains_from(lease):
                 reason = f"lease {lease.lease_id} ends at {lease.end:%H:%M:%S} UTC and drains"
-                starting.append(NotReady(deployment.model, deployment.tenant_id, reason))
+                starting.append(
+                    NotReady(
+                        deployment.model, deployment.deployment_id, deployment.tenant_id, reason
+                    )
+                )
             elif serving and deployment.model in known:
                 ready.extend(self._route(deployment, replica) for replica in serving)
             else:
                 state, why = deployment_state(deployment, replicas)
                 reason = f"{state}, {why}"
-                starting.append(NotReady(deployment.model, deployment.tenant_id, reason))
+                starting.append(
+                    NotReady(
+                        deployment.model, deployment.deployment_id, deployment.tenant_id, reason
+                    )
+                )
         return RouteTable(tuple(ready), tuple(starting))
 
     async def grant(self, ask: SliceAsk) -> HoldResult:
