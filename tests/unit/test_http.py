@@ -85,6 +85,11 @@ class Http(Gateway):
         await self.authenticator.poll()
         self.answers = FakeAnswers()
         self.idempotency = Idempotency(self.answers, self.sink.identity)
+        await self.watch()
+        return self
+
+    async def watch(self, *watchers):
+        """Serve with these watchers."""
         self.app = create_app(
             Services(
                 config=self.config,
@@ -97,11 +102,11 @@ class Http(Gateway):
                 limits=Limits(),
                 idempotency=self.idempotency,
                 metrics=Metrics(),
+                watchers=watchers,
             )
         )
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.http = httpx.AsyncClient(transport=transport, base_url="http://test", headers=AUTH)
-        return self
 
     async def record(self):
         await self.rest()
