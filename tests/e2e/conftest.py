@@ -18,9 +18,9 @@ import pandas as pd
 import psutil
 import pytest
 
-from tests.models import tiny_model
+from tests.models import tiny_embed, tiny_model
 
-__all__ = ["tiny_model"]
+__all__ = ["tiny_embed", "tiny_model"]
 
 COMMAND = Path(sys.executable).parent / "market"
 
