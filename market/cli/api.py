@@ -1,6 +1,7 @@
 """HTTP to the market with a key; the CLI does nothing else."""
 
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
 from market.config import Config
@@ -10,6 +11,9 @@ if TYPE_CHECKING:
     import httpx
 
 TIMEOUT_S = 90.0
+# A gateway that died is back after so long; until then nobody may be listening.
+RESTART_S = 30.0
+RESTART_POLL_S = 0.5
 
 
 def request(method: str, path: str, **arguments: Any) -> Any:
@@ -29,12 +33,25 @@ def fetch(
     config = Config.from_env()
     headers = {"authorization": f"Bearer {operator_key(config)}"}
     url = f"{config.url}/market/v1{path}"
-    try:
-        response = httpx.request(method, url, headers=headers, timeout=timeout_s, **arguments)
-    except httpx.TransportError as error:
-        raise unreachable(config, error) from None
-    raise_for_error(response)
-    return response
+    until_s = time.monotonic() + RESTART_S
+    while True:
+        try:
+            response = httpx.request(method, url, headers=headers, timeout=timeout_s, **arguments)
+        except httpx.TransportError as error:
+            refused = isinstance(error, httpx.ConnectError)
+            if not refused or time.monotonic() > until_s or not _runs_here(config):
+                raise unreachable(config, error) from None
+            time.sleep(RESTART_POLL_S)
+        else:
+            raise_for_error(response)
+            return response
+
+
+def _runs_here(config: Config) -> bool:
+    """Whether this machine's market runs, so that its gateway can only be starting again."""
+    from market.cluster.node import load_head
+
+    return load_head(config.state_dir) is not None
 
 
 def raise_for_error(response: "httpx.Response") -> None:
