@@ -15,6 +15,9 @@ DEFAULT_ISSUER = "Compute Market"
 DEFAULT_NODE_PATIENCE_S = 60
 DEFAULT_GATEWAYS = 1
 GATEWAYS_MAX = 64
+# Answers that one replica generates at once.
+DEFAULT_SEQUENCES = 128
+SEQUENCES_MAX = 4096
 
 
 class UsageSync(StrEnum):
@@ -39,6 +42,7 @@ class Config:
     usage_sync: UsageSync = UsageSync.SPOOL
     node_patience_s: int = DEFAULT_NODE_PATIENCE_S
     gateways: int = DEFAULT_GATEWAYS
+    sequences: int = DEFAULT_SEQUENCES
     node: str = "local"
 
     @classmethod
@@ -61,9 +65,8 @@ class Config:
         patience = environ.get("MARKET_NODE_PATIENCE_S") or str(DEFAULT_NODE_PATIENCE_S)
         if not patience.isdigit():
             raise InvalidRequest(f"MARKET_NODE_PATIENCE_S={patience!r}: whole seconds, e.g. 60")
-        gateways = environ.get("MARKET_GATEWAYS") or str(DEFAULT_GATEWAYS)
-        if not gateways.isdigit() or not 1 <= int(gateways) <= GATEWAYS_MAX:
-            raise InvalidRequest(f"MARKET_GATEWAYS={gateways!r}: 1 to {GATEWAYS_MAX}")
+        gateways = _count(environ, "MARKET_GATEWAYS", DEFAULT_GATEWAYS, GATEWAYS_MAX)
+        sequences = _count(environ, "MARKET_SEQUENCES", DEFAULT_SEQUENCES, SEQUENCES_MAX)
         return cls(
             home,
             url,
@@ -72,7 +75,8 @@ class Config:
             environ.get("MARKET_ISSUER") or DEFAULT_ISSUER,
             UsageSync(sync),
             int(patience),
-            int(gateways),
+            gateways,
+            sequences,
         )
 
     @property
@@ -153,3 +157,10 @@ class Config:
         Its own file on SQLite, because the ledger locks its file exclusively.
         """
         return self.database_url or f"sqlite:///{self.state_dir / 'scheduler.db'}"
+
+
+def _count(environ: Mapping[str, str], name: str, default: int, most: int) -> int:
+    text = environ.get(name) or str(default)
+    if not text.isdigit() or not 1 <= int(text) <= most:
+        raise InvalidRequest(f"{name}={text!r}: 1 to {most}")
+    return int(text)

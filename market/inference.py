@@ -47,6 +47,8 @@ DISPATCHES_MAX = 2
 CLAIM_MAX = 2**62
 # The next block is asked for when so many tokens of the last are left.
 EXTEND_AHEAD_TOKENS = 64
+# Answers of one request that are generated at a time: it has one place in the queue, not a pool.
+PARALLEL_MAX = 32
 
 Result = TypeVar("Result")
 
@@ -337,10 +339,14 @@ class Inference:
                     yield chunk
             return
         arrived: asyncio.Queue[EngineChunk | Exception | None] = asyncio.Queue()
+        few = asyncio.Semaphore(PARALLEL_MAX)
 
         async def read(index: int) -> None:
             try:
-                async with aclosing(self._dispatch(admission, meter, running, index)) as chunks:
+                async with (
+                    few,
+                    aclosing(self._dispatch(admission, meter, running, index)) as chunks,
+                ):
                     async for chunk in chunks:
                         arrived.put_nowait(msgspec.structs.replace(chunk, index=index))
                 arrived.put_nowait(None)

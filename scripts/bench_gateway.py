@@ -21,7 +21,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,7 @@ import httpx
 import paced_engine
 import psutil
 from loadgen import Answer, http_request, load, percentile
+from own_market import OwnMarket, free_port
 
 BIN = Path(sys.executable).parent
 SCRIPTS = Path(__file__).parent
@@ -140,13 +140,6 @@ class Result:
         }
 
 
-def free_port() -> int:
-    """A TCP port nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextlib.contextmanager
 def process(name: str, command: list[str], url: str, logs: Path, **env: str) -> Iterator[Stack]:
     """A server as a child process, until it answers at ``url``; ended with its whole tree."""
@@ -199,34 +192,15 @@ def bare(engine: str, model: Path, logs: Path) -> contextlib.AbstractContextMana
 @contextlib.contextmanager
 def market(engine: str, model: Path, logs: Path) -> Iterator[Stack]:
     """A market of its own with the model, one tenant and its key."""
-    home = logs / "home"
-    url = f"http://127.0.0.1:{free_port()}"
-    environment = os.environ | {"MARKET_HOME": str(home), "MARKET_URL": url}
-    environment.pop("MARKET_API_KEY", None)
-    (home / "models").mkdir(parents=True)
-    (home / "models" / MODEL).symlink_to(model)
-
-    def cli(*arguments: str) -> dict[str, object]:
-        done = subprocess.run(
-            [str(BIN / "market"), *arguments, "--output", "json"],
-            env=environment,
-            check=True,
-            stdout=subprocess.PIPE,
-        )
-        return dict(json.loads(done.stdout))
-
-    cli("up")
-    pid = json.loads((home / "state" / "cluster.json").read_text())["pid"]
-    try:
-        name = "vllm" if engine == "tiny" else engine
-        cli("deploy", MODEL, "--mode", "tokens", "--engine", name)
-        cli("tenants", "create", "bench")
-        cli("tenants", "deposit", "bench", "1000")
-        key = str(cli("keys", "create", "--tenant", "bench", "--no-save")["api_key"])
-        yield Stack("market", url, key, (pid,))
-    finally:
-        Stack("market", url, "", (pid,)).signal(signal.SIGCONT)
-        cli("down")
+    with OwnMarket(logs / "home", model) as own:
+        stack = Stack("market", own.url, "", (own.pid,))
+        try:
+            name = "vllm" if engine == "tiny" else engine
+            own.cli("deploy", MODEL, "--mode", "tokens", "--engine", name)
+            stack.key = own.tenant("bench")
+            yield stack
+        finally:
+            stack.signal(signal.SIGCONT)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,9 @@ from serve_apps.engines.base import EngineSettings, start_engine
 from serve_apps.link import LinkServer
 
 REPLICA_CPUS = 0.5
-ONGOING_MAX = 256
+ONGOING_MAX = 256  # calls through Serve: addresses only
+# Gateways queue and know its places a little late; one request may have several answers.
+ROOM = 2
 CONSTRUCTOR_TRIES = 3
 HEALTH_PERIOD_S = 2
 HEALTH_TIMEOUT_S = 30
@@ -49,7 +51,8 @@ class ReplicaSettings:
     models_dir: Path
     place: Place
     logical: bool
-    drain_s: float = 0.0
+    sequences: int
+    drain_s: float
 
     @property
     def gpu_fraction(self) -> float:
@@ -68,6 +71,7 @@ class ModelReplica:
             folder,
             entry.served_context_tokens,
             settings.gpu_fraction,
+            sequences_max=settings.sequences,
             tensor_parallel=max(1, len(settings.place.gpu_indices)),
             tool_parser=entry.tool_parser,
             reasoning_parser=entry.reasoning_parser,
@@ -75,6 +79,7 @@ class ModelReplica:
         )
         async with quiet_gpus(settings.place):
             self._engine = await start_engine(settings.engine, engine)
+        self._streams_max = ROOM * settings.sequences
         self._drain_s = settings.drain_s
         self._served_tokens = 0
         self._said_s = float("-inf")
@@ -91,7 +96,7 @@ class ModelReplica:
         self, request: EngineRequest, credit: Credit
     ) -> AsyncGenerator[EngineChunk, None]:
         """Stream an answer as far as it is paid for."""
-        if self._link.streams > ONGOING_MAX:
+        if self._link.streams > self._streams_max:
             raise Overloaded("the replica's queue is full", retry_after_s=1)
         delivered = 0
         first = True
@@ -134,14 +139,19 @@ class ModelReplica:
 
 
 def build_app(
-    replica: Replica, deployment: Deployment, model: Model, offer: Offer, models_dir: Path
+    replica: Replica,
+    deployment: Deployment,
+    model: Model,
+    offer: Offer,
+    models_dir: Path,
+    sequences: int,
 ) -> serve.Application:
     """The Serve application of one replica, on exactly its node and GPUs."""
     place = replica.place
     drain_s = DRAIN_S if deployment.lease_id is None else LEASE_DRAIN_S
     logical = offer.logical or not place.gpu_indices
     settings = ReplicaSettings(
-        model.name, deployment.engine, models_dir, place, logical, drain_s - CLOSE_S
+        model.name, deployment.engine, models_dir, place, logical, sequences, drain_s - CLOSE_S
     )
     slots = {slot_resource(place.node_id, i): place.gpu_milli / 1000 for i in place.gpu_indices}
     served = serve.deployment(

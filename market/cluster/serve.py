@@ -56,7 +56,12 @@ class ServeCluster:
         """Begin to run a replica's application."""
         models_dir = Path(offer.models_dir) if offer.models_dir else self._config.models_dir
         app = import_builder(MODEL_APP)(
-            replica, deployment, find(deployment.model), offer, models_dir
+            replica,
+            deployment,
+            find(deployment.model),
+            offer,
+            models_dir,
+            self._config.sequences,
         )
         run_application(app, replica.app_name, route_prefix=None)
 

@@ -300,6 +300,7 @@ class Scheduler:
             gpu_milli=replica.place.gpu_milli * len(replica.place.gpu_indices),
             tenant_id=deployment.tenant_id,
             lease_id=deployment.lease_id,
+            places=self._config.sequences,
             embeds=model.embeds,
             reasoning_parser=model.reasoning_parser,
         )
