@@ -34,11 +34,9 @@ import httpx
 import paced_engine
 import psutil
 from loadgen import Answer, http_request, load, percentile
-from own_market import OwnMarket, free_port
+from own_market import MODEL, SCRIPTS, OwnMarket, free_port, install_paced, tiny_model
 
 BIN = Path(sys.executable).parent
-SCRIPTS = Path(__file__).parent
-MODEL = "tiny-qwen"
 CONTEXT = 2048
 SEQUENCES = 128
 START_TIMEOUT_S = 300
@@ -435,17 +433,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of the tiny model, made if missing")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     arguments = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     rows = []
     with tempfile.TemporaryDirectory(prefix="market-bench-") as folder:
-        plugins = Path(folder) / "plugins"
-        plugins.mkdir()
-        paced_engine.installed(plugins)
-        os.environ["PYTHONPATH"] = str(plugins)
-        model = arguments.model or Path(folder) / MODEL
-        if not model.exists():
-            script = [sys.executable, str(SCRIPTS / "make_tiny_model.py"), str(model)]
-            subprocess.run(script, check=True, stderr=subprocess.DEVNULL)
+        install_paced(Path(folder))
+        model = tiny_model(arguments.model or Path(folder) / MODEL)
         for engine in arguments.engines.split(","):
             rows += bench(engine, arguments, model)
     if arguments.json:

@@ -18,11 +18,8 @@ below its share and is the one that must not notice. Arrivals are Poisson and wa
 import argparse
 import asyncio
 import json
-import os
 import random
-import subprocess
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -31,12 +28,10 @@ from typing import Any
 
 import paced_engine
 from loadgen import Answer, Connection, connect, http_request, percentile
-from own_market import OwnMarket
+from own_market import MODEL, paced_market
 
 from market.fairness import OUTPUT_WORK, input_work
 
-SCRIPTS = Path(__file__).parent
-MODEL = "tiny-qwen"
 PLACES = 16
 TOKENS = 32
 WEIGHTS = {f"t{weight}": weight for weight in range(1, 9)}
@@ -264,33 +259,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
     levels = [float(level) for level in arguments.levels.split(",")]
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    with tempfile.TemporaryDirectory(prefix="market-bench-") as folder:
-        plugins = Path(folder) / "plugins"
-        plugins.mkdir()
-        paced_engine.installed(plugins)
-        os.environ["PYTHONPATH"] = str(plugins)
-        model = arguments.model or Path(folder) / MODEL
-        if not model.exists():
-            script = [sys.executable, str(SCRIPTS / "make_tiny_model.py"), str(model)]
-            subprocess.run(script, check=True, stderr=subprocess.DEVNULL)
-        settings = {
-            "MARKET_GATEWAYS": str(arguments.gateways),
-            "MARKET_SEQUENCES": str(PLACES),
-        }
-        with OwnMarket(Path(folder) / "home", model, **settings) as own:
-            own.cli("deploy", MODEL, "--mode", "tokens", "--engine", "paced")
-            keys = {name: own.tenant(name) for name in WEIGHTS}
-            for name, weight in WEIGHTS.items():
-                own.cli("tenants", "set", name, "--weight", str(weight))
-            phases = {}
-            for level in (0.0, *levels):  # first the well-behaved one alone
-                arrivals = rates(level)
-                if level == 0.0:
-                    arrivals = {WELL_BEHAVED: arrivals[WELL_BEHAVED]}
-                print(f"{level:g} x capacity ...", file=sys.stderr, flush=True)
-                phases[level] = Phase(own.url, keys, arguments.seconds)
-                asyncio.run(phases[level].run(arrivals))
+    settings = {"MARKET_GATEWAYS": str(arguments.gateways), "MARKET_SEQUENCES": str(PLACES)}
+    with paced_market(arguments.model, **settings) as own:
+        keys = {name: own.tenant(name) for name in WEIGHTS}
+        for name, weight in WEIGHTS.items():
+            own.cli("tenants", "set", name, "--weight", str(weight))
+        phases = {}
+        for level in (0.0, *levels):  # first the well-behaved one alone
+            arrivals = rates(level)
+            if level == 0.0:
+                arrivals = {WELL_BEHAVED: arrivals[WELL_BEHAVED]}
+            print(f"{level:g} x capacity ...", file=sys.stderr, flush=True)
+            phases[level] = Phase(own.url, keys, arguments.seconds)
+            asyncio.run(phases[level].run(arrivals))
     alone = phases.pop(0.0).seen[WELL_BEHAVED]
     peak = max(phase.goodput() for phase in phases.values())
     print(f"capacity {CAPACITY * TOKENS:.0f} tok/s; {arguments.gateways} gateways")

@@ -5,9 +5,16 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import paced_engine
+
+SCRIPTS = Path(__file__).parent
+MODEL = "tiny-qwen"
 MARKET = Path(sys.executable).parent / "market"
 
 
@@ -53,3 +60,31 @@ class OwnMarket:
         self.cli("tenants", "create", name)
         self.cli("tenants", "deposit", name, deposit)
         return str(self.cli("keys", "create", "--tenant", name, "--no-save")["api_key"])
+
+
+def tiny_model(folder: Path) -> Path:
+    """The model in ``folder``, made if it is not there."""
+    if not folder.exists():
+        script = [sys.executable, str(SCRIPTS / "make_tiny_model.py"), str(folder)]
+        subprocess.run(script, check=True, stderr=subprocess.DEVNULL)
+    return folder
+
+
+def install_paced(folder: Path) -> None:
+    """Make the paced engine one of those that markets started from here know."""
+    plugins = folder / "plugins"
+    plugins.mkdir()
+    paced_engine.installed(plugins)
+    os.environ["PYTHONPATH"] = str(plugins)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@contextmanager
+def paced_market(model: Path | None, **settings: str) -> Iterator[OwnMarket]:
+    """A market that serves the tiny model's name by the paced engine."""
+    with tempfile.TemporaryDirectory(prefix="market-bench-") as name:
+        folder = Path(name)
+        install_paced(folder)
+        with OwnMarket(folder / "home", tiny_model(model or folder / MODEL), **settings) as own:
+            own.cli("deploy", MODEL, "--mode", "tokens", "--engine", "paced")
+            yield own

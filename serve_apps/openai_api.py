@@ -169,13 +169,11 @@ async def _responses(services: Services, caller: Principal, raw: bytes) -> Call:
 
 async def _embeddings(services: Services, caller: Principal, raw: bytes) -> Call:
     body = parse(EmbeddingBody, raw)
-    route, prompter = await _model(services, caller, body.model)
+    route, prompter = await _model(services, caller, body.model, embeds=True)
     if body.dimensions is not None:
         raise InvalidRequest(
             f"{body.model} has vectors of one length; leave dimensions out", param="dimensions"
         )
-    if not route.embeds:
-        raise InvalidRequest(f"{body.model} makes no embeddings; it answers chats", param="model")
     prompts = tuple([await prompter.text(given, "input") for given in body.input])
     vectors: dict[int, bytes] = {}
 
@@ -202,8 +200,6 @@ def _generation(
     asked: tuple[Ask, GenerationBody, Shape],
 ) -> Call:
     ask, body, shape = asked
-    if route.embeds:
-        raise InvalidRequest(f"{body.model} makes embeddings only", param="model")
 
     def envelope(admission: Admission, kind: str) -> dict[str, Any]:
         found = {
@@ -233,9 +229,14 @@ def _generation(
     )
 
 
-async def _model(services: Services, caller: Principal, model: str) -> tuple[Route, Prompter]:
+async def _model(
+    services: Services, caller: Principal, model: str, embeds: bool = False
+) -> tuple[Route, Prompter]:
     require_model(caller, model)
     route = await services.routes.route(model, caller)
+    if embeds != route.embeds:
+        does = "makes embeddings only" if route.embeds else "makes no embeddings; it answers chats"
+        raise InvalidRequest(f"{model} {does}", param="model")
     return route, await services.routes.prompter(route)
 
 
