@@ -71,9 +71,12 @@ class FakeEngine:
     requests: list[EngineRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
 
-    def generate(self, request: EngineRequest, credit: Credit) -> AsyncGenerator[EngineChunk, None]:
+    def generate(
+        self, request: EngineRequest, credit: Credit | None = None
+    ) -> AsyncGenerator[EngineChunk, None]:
         """One chunk per token; the text of token n is its number and a space."""
-        return within(self._generate(request), credit)
+        chunks = self._generate(request)
+        return chunks if credit is None else within(chunks, credit)
 
     async def _generate(self, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
         self.requests.append(request)

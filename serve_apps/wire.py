@@ -335,10 +335,22 @@ class ChatBody(GenerationBody):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def tools_for_template(self) -> list[dict[str, Any]] | None:
-        """As chat templates take them."""
+        """As chat templates take them; fields as vLLM gives them, so that prompts are equal."""
         if self.tools is None or self.tool_choice == "none":
             return None
-        return [tool.model_dump(exclude_none=True) for tool in self.tools]
+        given = [tool.function for tool in self.tools]
+        return [
+            {
+                "type": "function",
+                "function": {
+                    "name": function.name,
+                    "description": function.description,
+                    "parameters": function.parameters,
+                }
+                | ({} if function.strict is None else {"strict": function.strict}),
+            }
+            for function in given
+        ]
 
     def parsing(self, has_reasoning: bool) -> bytes | None:
         """The request for the model's own parsers, if the answer has to go through them."""
@@ -349,6 +361,7 @@ class ChatBody(GenerationBody):
             "model": self.model,
             # The conversation is in the prompt's tokens; parsers need only what follows.
             "messages": [{"role": "user", "content": ""}],
+            "stream": bool(self.stream),
             "include_reasoning": self.include_reasoning,
             "skip_special_tokens": self.skip_special_tokens,
         }

@@ -13,7 +13,7 @@ Models = Annotated[
     list[str] | None, typer.Option("--model", help="Only these models; several times.")
 ]
 Lanes = Annotated[
-    list[str] | None, typer.Option("--lane", help="Only these lanes: interactive, flex, batch.")
+    list[str] | None, typer.Option("--lane", help="Only this lane: tokens (pools) or lease.")
 ]
 ReadOnly = Annotated[
     bool | None,

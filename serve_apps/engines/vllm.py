@@ -5,6 +5,7 @@ where vLLM is imported; gateways run without it.
 """
 
 import contextlib
+import json
 import os
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
@@ -150,6 +151,8 @@ class ParsedChat:
         self.request = self._parser.adjust_request(asked)
         self._is_named = not isinstance(self.request.tool_choice, str | None)
         self._called = False
+        self._text = ""
+        self._token_ids: list[int] = []
 
     def engine_arguments(self) -> dict[str, Any]:
         """What the engine must know of reasoning, so that it constrains only what follows it."""
@@ -162,8 +165,13 @@ class ParsedChat:
 
     def parse(
         self, answer: Any, finish: FinishReason | None
-    ) -> tuple[tuple[bytes, ...], FinishReason | None]:
-        """Pieces of the message that this output adds, and how the answer ends, if it does."""
+    ) -> tuple[tuple[bytes, ...] | None, FinishReason | None]:
+        """Pieces of the message that this output adds, and how the answer ends, if it does.
+
+        An answer that is not streamed is parsed at its end; None until then: it is text.
+        """
+        if not self.request.stream:
+            return self._parse_whole(answer, finish)
         delta = self._parser.parse_delta(
             delta_text=answer.text,
             delta_token_ids=list(answer.token_ids),
@@ -179,6 +187,40 @@ class ParsedChat:
         if delta is None:
             return (), finish
         return (delta.model_dump_json(exclude_unset=True, exclude_none=True).encode(),), finish
+
+    def _parse_whole(
+        self, answer: Any, finish: FinishReason | None
+    ) -> tuple[tuple[bytes, ...] | None, FinishReason | None]:
+        from vllm.renderers.chat_utils import make_tool_call_id
+
+        self._text += answer.text
+        self._token_ids += answer.token_ids
+        if finish is None:
+            return None, None
+        self._parser.set_prompt_token_ids(self._prompt)
+        reasoning, content, called = self._parser.parse(
+            self._text,
+            self.request,
+            enable_auto_tools=True,
+            model_output_token_ids=self._token_ids,
+        )
+        asked = self.request.tool_choice
+        message: dict[str, Any] = {"content": content}
+        if reasoning is not None and self.request.include_reasoning:
+            message["reasoning"] = reasoning
+        if called:
+            message["tool_calls"] = [
+                {
+                    "index": index,
+                    "id": call.id or make_tool_call_id(),
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for index, call in enumerate(called)
+            ]
+        if (called and asked == "auto") or (asked == "required" and finish is FinishReason.STOP):
+            finish = FinishReason.TOOL_CALLS
+        return (json.dumps(message).encode(),), finish
 
 
 def to_vllm(sampling: Sampling, grammar: Grammar | None = None, chat: Any = None) -> Any:
@@ -216,8 +258,6 @@ def to_vllm(sampling: Sampling, grammar: Grammar | None = None, chat: Any = None
 
 
 def _structured(grammar: Grammar) -> Any:
-    import json
-
     from vllm.sampling_params import StructuredOutputsParams
 
     match grammar.kind:

@@ -49,7 +49,12 @@ class TestTools:
     @pytest.mark.parametrize("choice", ["required", NAMED])
     def test_call_is_parsed_and_fits_the_schema(self, tenant, choice):
         answer = chat(
-            tenant.client(), tools=[WEATHER], tool_choice=choice, max_tokens=100, extra_body={}
+            tenant.client(),
+            tools=[WEATHER],
+            tool_choice=choice,
+            max_tokens=1000,
+            seed=3,
+            extra_body={},
         )
         (call,) = answer.choices[0].message.tool_calls
         assert call.function.name == "get_weather"

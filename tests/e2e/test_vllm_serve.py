@@ -51,7 +51,7 @@ VLLM_ONLY = {
 }
 CASES = {
     "chat": ("chat/completions", CHAT),
-    "chat, several": ("chat/completions", CHAT | {"n": 2, "temperature": 0}),
+    "chat, several": ("chat/completions", CHAT | {"n": 2, "temperature": 1.0, "seed": 5}),
     "chat, logprobs": ("chat/completions", CHAT | {"logprobs": True, "top_logprobs": 2}),
     "chat, stop string": ("chat/completions", CHAT | {"stop": [" a"], "max_tokens": 60}),
     "chat, penalties": (
@@ -83,7 +83,7 @@ CASES = {
     ),
     "text": ("completions", TEXT),
     "text, tokens": ("completions", TEXT | {"prompt": [40, 41, 42]}),
-    "text, several": ("completions", TEXT | {"prompt": ["A", "B"], "n": 2}),
+    "text, several": ("completions", TEXT | {"prompt": ["A", "B"]}),
     "text, logprobs": ("completions", TEXT | {"logprobs": 2}),
     "text, echo": ("completions", TEXT | {"echo": True}),
     "text, echo with logprobs": ("completions", TEXT | {"echo": True, "logprobs": 1}),
