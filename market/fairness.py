@@ -12,6 +12,7 @@ way), plus what was served between two merges.
 """
 
 import heapq
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,13 @@ from dataclasses import dataclass, field
 INPUT_WORK = 1.0
 CACHED_WORK = 0.1
 OUTPUT_WORK = 2.0
+# How much work per weight a tenant that was away may have ahead of the others on spare places.
+BURST_WORK = 1024.0
+
+
+def spare(places: int) -> int:
+    """Places beside those of a pool, for tenants below their share: square-root staffing."""
+    return math.isqrt(places)
 
 
 def input_work(input_tokens: int, cached_tokens: int = 0) -> float:
@@ -31,6 +39,7 @@ class VirtualCounters:
 
     def __init__(self) -> None:
         self._counters: dict[str, float] = {}
+        self._lifted: dict[str, float] = {}
         self._active: set[str] = set()
         self._last_left: str | None = None
 
@@ -52,7 +61,10 @@ class VirtualCounters:
         """
         if tenant in self._active:
             return
-        self._counters[tenant] = max(self._counters.get(tenant, 0.0), self._floor())
+        before = self._counters.get(tenant, 0.0)
+        self._counters[tenant] = max(before, self._floor())
+        lifted = self._lifted.get(tenant, 0.0) + self._counters[tenant] - before
+        self._lifted[tenant] = min(BURST_WORK, lifted)
         self._active.add(tenant)
 
     def leave(self, tenant: str) -> None:
@@ -73,6 +85,13 @@ class VirtualCounters:
         """Who of these has the smallest counter; by name where they are equal."""
         return min(tenants, key=lambda name: (self.get(name), name), default=None)
 
+    def ahead(self, tenant: str) -> float:
+        """How much more it was given than its share since it came, less what it had not used.
+
+        Negative: it is below its share. At least ``-BURST_WORK`` below those that wait.
+        """
+        return self.get(tenant) - self._lifted.get(tenant, 0.0) - self._floor()
+
     def snapshot(self) -> dict[str, float]:
         """All counters."""
         return dict(self._counters)
@@ -82,6 +101,7 @@ class VirtualCounters:
         for tenant in tenants:
             if tenant not in self._active and tenant != self._last_left:
                 self._counters.pop(tenant, None)
+                self._lifted.pop(tenant, None)
 
     def _floor(self) -> float:
         if self._active:
@@ -102,8 +122,8 @@ class _Lane:
 class FairQueue:
     """The queue of one pool at one gateway: bounded, fair between tenants, first come within one.
 
-    ``places`` is how many requests may be under way. ``add`` and ``finish`` are followed by
-    ``take`` until it returns None.
+    ``places`` is how many requests may be under way, without the spare ones. ``add`` and ``finish``
+    are followed by ``take`` until it returns None.
     """
 
     def __init__(self, places: int, waiting_max: int, waiting_max_per_tenant: int) -> None:
@@ -157,9 +177,12 @@ class FairQueue:
 
     def take(self) -> str | None:
         """The request that may go now, counted as under way; None if none may."""
-        if len(self._running) >= self.places:
-            return None
-        tenant = self.counters.first(self.counters.active)
+        if len(self._running) < self.places:
+            tenant = self.counters.first(self.counters.active)
+        elif len(self._running) < self.places + spare(self.places):
+            tenant = self._first_below_share()
+        else:
+            tenant = None
         if tenant is None:
             return None
         lane = self._lanes[tenant]
@@ -206,6 +229,12 @@ class FairQueue:
         elif lane.waiting:
             self.counters.enter(tenant)
         self._tidy(tenant)
+
+    def _first_below_share(self) -> str | None:
+        """Of the tenants with a single request waiting, the one furthest below its share."""
+        single = [name for name in self.counters.active if len(self._lanes[name].waiting) == 1]
+        found = min(single, key=lambda name: (self.counters.ahead(name), name), default=None)
+        return found if found is not None and self.counters.ahead(found) < 0 else None
 
     def _serve(self, tenant: str, work: float) -> None:
         lane = self._lanes[tenant]
@@ -265,6 +294,7 @@ class PoolLedger:
         for tenant, work in report.service.items():
             before = 0.0 if known is None else known.service.get(tenant, 0.0)
             if known is not None and work > before:
+                self.counters.enter(tenant)  # it waited, if for a moment
                 self.counters.charge(tenant, work - before, report.weights.get(tenant, 1))
         self._reports[gateway] = report
         backlogged = set().union(*(r.backlogged for r in self._reports.values()))

@@ -1,6 +1,7 @@
 """Requests wait for a place at a pool, in fair order, in bounded queues, never in vain for long."""
 
 import asyncio
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -15,15 +16,46 @@ WAITING_MAX_PER_TENANT = 256
 # again: a queue longer than anybody's patience serves only those who have left.
 WAIT_MAX_S = 20.0
 RATE_TAU_S = 10.0
+# Less often than this is never.
+RATE_MIN = 0.001
 IDLE_POOL_S = 300.0
+
+
+class Rate:
+    """Events a second, each forgotten over ``RATE_TAU_S``; right from the first second on."""
+
+    def __init__(self, now_s: float) -> None:
+        self._began_s = self._last_s = now_s
+        self._decayed = 0.0
+
+    def add(self, now_s: float) -> None:
+        """It happened."""
+        self._decayed = self._decayed * self._kept(now_s - self._last_s) + 1
+        self._last_s = now_s
+
+    def get(self, now_s: float) -> float:
+        """How often it happens."""
+        observed_s = RATE_TAU_S * (1 - self._kept(max(1.0, now_s - self._began_s)))
+        return self._decayed * self._kept(now_s - self._last_s) / observed_s
+
+    def _kept(self, passed_s: float) -> float:
+        return math.exp(-passed_s / RATE_TAU_S)
+
+
+@dataclass(slots=True)
+class _Turns:
+    """What one tenant had of a pool lately."""
+
+    weight: int
+    rate: Rate
 
 
 @dataclass(slots=True)
 class _Pool:
     queue: FairQueue
     waiters: dict[str, tuple[str, "asyncio.Future[None]"]] = field(default_factory=dict)
-    finished_per_s: float = 0.0
-    finished_s: float | None = None
+    finished: Rate | None = None
+    turns: dict[str, _Turns] = field(default_factory=dict)
     used_s: float = 0.0
 
 
@@ -63,6 +95,7 @@ class Queues:
             pool = self._pools[pool_name] = _Pool(queue)
         self.check(pool_name, tenant)
         pool.used_s = self._clock.monotonic()
+        pool.turns.setdefault(tenant, _Turns(weight, Rate(pool.used_s))).weight = weight
         pool.queue.add(request_id, tenant, weight, work)
         future = asyncio.get_running_loop().create_future()
         pool.waiters[request_id] = (tenant, future)
@@ -91,12 +124,9 @@ class Queues:
         pool = self._pools.get(pool_name)
         if pool is None:
             return
-        now_s = self._clock.monotonic()
-        if pool.finished_s is not None:
-            passed_s = max(1e-6, now_s - pool.finished_s)
-            share = min(1.0, passed_s / RATE_TAU_S)
-            pool.finished_per_s += share * (1 / passed_s - pool.finished_per_s)
-        pool.finished_s = pool.used_s = now_s
+        pool.used_s = self._clock.monotonic()
+        pool.finished = pool.finished or Rate(pool.used_s)
+        pool.finished.add(pool.used_s)
         pool.queue.finish(request_id)
         self._serve(pool)
 
@@ -104,6 +134,9 @@ class Queues:
         """What the scheduler must know of each pool; forgets pools that nobody uses."""
         now_s = self._clock.monotonic()
         for name, pool in list(self._pools.items()):
+            gone = [t for t, turns in pool.turns.items() if turns.rate.get(now_s) < RATE_MIN]
+            for tenant in set(gone) - pool.queue.weights().keys():
+                del pool.turns[tenant]
             idle = not pool.queue.running and not pool.queue.waiting
             if idle and now_s - pool.used_s > IDLE_POOL_S:
                 del self._pools[name]
@@ -136,7 +169,9 @@ class Queues:
             request_id = pool.queue.take()
             if request_id is None:
                 return
-            _, future = pool.waiters.pop(request_id)
+            tenant, future = pool.waiters.pop(request_id)
+            now_s = self._clock.monotonic()
+            pool.turns[tenant].rate.add(now_s)
             if not future.done():
                 future.set_result(None)
 
@@ -148,16 +183,16 @@ class Queues:
             self._serve(pool)
 
     def _expected_wait_s(self, pool: _Pool, tenant: str) -> float:
-        """How long a request that comes now waits, if the pool goes on at its rate.
+        """How long a request that comes now waits, if all goes on as it does.
 
-        Turns go round by weight, so it is the tenant's own queue that it waits for, over the
-        tenant's share of the rate.
+        It waits for the tenant's own queue: at the rate at which its requests had their turns
+        lately, or at its share of the pool's rate by weight, which is what it gets at least.
         """
-        queue = pool.queue
-        own = queue.waiting_of(tenant)
-        if own == 0 or pool.finished_per_s <= 0:
+        own = pool.queue.waiting_of(tenant)
+        if own == 0 or pool.finished is None:
             return 0.0
-        weights = queue.weights()
-        active = queue.counters.active | {tenant}
-        share = weights.get(tenant, 1) / sum(weights.get(name, 1) for name in active)
-        return (own + 1) / (pool.finished_per_s * share)
+        now_s = self._clock.monotonic()
+        turns = pool.turns[tenant]
+        share = turns.weight / sum(other.weight for other in pool.turns.values())
+        rate = max(turns.rate.get(now_s), share * pool.finished.get(now_s), RATE_MIN)
+        return (own + 1) / rate

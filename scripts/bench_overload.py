@@ -30,7 +30,7 @@ import paced_engine
 from loadgen import Answer, Connection, connect, http_request, percentile
 from own_market import MODEL, paced_market
 
-from market.fairness import OUTPUT_WORK, input_work
+from market.fairness import OUTPUT_WORK, input_work, spare
 
 PLACES = 16
 TOKENS = 32
@@ -198,7 +198,7 @@ def bound(names: list[str], gateways: int) -> float:
     """
     if len(names) < 2:
         return 0.0
-    under_way = OUTPUT_WORK * PLACES * TOKENS
+    under_way = OUTPUT_WORK * (PLACES + spare(PLACES)) * TOKENS
     stale = 0.0 if gateways == 1 else OUTPUT_WORK * PLACES * REPORT_S / paced_engine.STEP_S
     smallest = min(WEIGHTS[name] for name in names)
     return (2 * max(under_way, input_work(64)) + stale + under_way) / smallest

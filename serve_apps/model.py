@@ -22,6 +22,7 @@ from market.cluster.models import fetch
 from market.cluster.node import NODE_LABEL, NODE_VARIABLE, slot_resource
 from market.credit import Credit, within
 from market.errors import Overloaded
+from market.fairness import spare
 from market.types import Deployment, EngineChunk, EngineRequest, Offer, Place, Replica
 from serve_apps.engines.base import EngineSettings, start_engine
 from serve_apps.link import LinkServer
@@ -71,7 +72,7 @@ class ModelReplica:
             folder,
             entry.served_context_tokens,
             settings.gpu_fraction,
-            sequences_max=settings.sequences,
+            sequences_max=settings.sequences + spare(settings.sequences),
             tensor_parallel=max(1, len(settings.place.gpu_indices)),
             tool_parser=entry.tool_parser,
             reasoning_parser=entry.reasoning_parser,

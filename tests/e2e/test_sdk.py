@@ -45,6 +45,16 @@ def chat(client, **more):
     )
 
 
+def check_calls(answer, count=None):
+    """An untrained model that must call may do so more than once, but always by the schema."""
+    calls = answer.choices[0].message.tool_calls
+    assert calls
+    assert count in (None, len(calls))
+    for call in calls:
+        assert call.function.name == "get_weather"
+        assert json.loads(call.function.arguments)["city"] in ("Bern", "Oslo")
+
+
 class TestTools:
     @pytest.mark.parametrize("choice", ["required", NAMED])
     def test_call_is_parsed_and_fits_the_schema(self, tenant, choice):
@@ -56,9 +66,7 @@ class TestTools:
             seed=3,
             extra_body={},
         )
-        (call,) = answer.choices[0].message.tool_calls
-        assert call.function.name == "get_weather"
-        assert json.loads(call.function.arguments)["city"] in ("Bern", "Oslo")
+        check_calls(answer, 1 if choice is NAMED else None)
         assert answer.choices[0].finish_reason == ("stop" if choice is NAMED else "tool_calls")
         (row,) = tenant.rows(1).to_dict("records")
         assert row["finish_reason"] == answer.choices[0].finish_reason
@@ -75,8 +83,7 @@ class TestTools:
             kinds = {event.type for event in stream}
             answer = stream.get_final_completion()
         assert "tool_calls.function.arguments.done" in kinds
-        (call,) = answer.choices[0].message.tool_calls
-        assert json.loads(call.function.arguments)["city"] in ("Bern", "Oslo")
+        check_calls(answer)
 
     def test_results_of_tools_are_part_of_the_conversation(self, tenant):
         called = {

@@ -15,6 +15,7 @@ from market.fairness import (
     deal,
     input_work,
     merge,
+    spare,
 )
 
 INPUT_MAX, OUTPUT_MAX = 512, 256
@@ -86,7 +87,7 @@ class Pool:
 
 def bound(weights, places):
     """2U over the smallest weight: U is the longest input, or all outputs that may be under way."""
-    under_way = OUTPUT_WORK * OUTPUT_MAX * places
+    under_way = OUTPUT_WORK * OUTPUT_MAX * (places + spare(places))
     return 2 * max(input_work(INPUT_MAX), under_way) / min(weights.values())
 
 
@@ -158,20 +159,70 @@ def test_being_away_earns_nothing(seed, away):
             assert got["back"] - got["steady"] <= bound(names, 4)
 
 
-def test_a_flood_delays_a_newcomer_by_one_round_only():
-    rng = random.Random(3)
-    names = {"flood": 1, "quiet": 1}
-    pool = Pool(rng, names, 2)
+def flooded(places, **weights):
+    """A pool that one tenant has filled for long."""
+    pool = Pool(random.Random(3), {"flood": 1} | weights, places)
     for _ in range(500):
         pool.add("flood", tokens=(10, 20))
-    for _ in range(200):
+    for _ in range(210):
         pool.step()
+    assert pool.queues[0].running == places  # spare places are not for who floods
+    return pool
+
+
+def test_a_newcomer_does_not_wait_for_a_flood():
+    pool = flooded(2, quiet=1)
     pool.add("quiet", tokens=(10, 1))
-    steps = 0
-    while pool.served["quiet"] == 0:
+    pool.step()
+    assert pool.served["quiet"] > 0
+
+
+def test_a_newcomer_who_floods_too_waits_its_turn():
+    pool = flooded(8, second=1)
+    for _ in range(100):
+        pool.add("second", tokens=(10, 20))
+    pool.step()
+    assert pool.queues[0].running == 8
+
+
+def test_spare_places_are_for_those_below_their_share():
+    """One that asks one at a time, but for far more than its share, is served by turns in the end.
+
+    Once what it had not used is used up, it waits for its turn like the others.
+    """
+    pool = flooded(8, greedy=1)
+    queue = pool.queues[0]
+    waited = False
+    for _ in range(600):
+        if not pool.waits("greedy"):
+            pool.add("greedy", tokens=(500, 200))
         pool.step()
-        steps += 1
-    assert steps <= 20  # the next place that becomes free is its own
+        assert queue.running <= 8 + spare(8)
+        waited = waited or (queue.running == 8 and pool.waits("greedy") == 1)
+    assert waited
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_who_asks_for_half_of_its_share_hardly_ever_waits(seed):
+    rng = random.Random(seed)
+    weights = {"modest": 4} | {f"t{n}": n for n in range(1, 9)}
+    places, tokens = 16, 32
+    pool = Pool(rng, weights, places)
+    # Requests a step: half of its share of one answer each ``tokens`` steps at every place.
+    rate = 0.5 * weights["modest"] / sum(weights.values()) * places / tokens
+    asked, late, due, steps = 0, 0, 0.0, 3000
+    for step in range(steps):
+        for name in weights.keys() - {"modest"}:
+            while pool.waits(name) < 3:
+                pool.add(name, tokens=(20, rng.randint(1, 2 * tokens - 1)))
+        while due <= step:
+            due += rng.expovariate(rate)
+            pool.add("modest", tokens=(20, tokens))
+            asked += 1
+        pool.step()
+        late += pool.waits("modest") > 0
+    assert asked > 50
+    assert late <= 0.01 * steps
 
 
 @settings(max_examples=200, deadline=None)
