@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -139,14 +140,16 @@ class Result:
 
 
 @contextlib.contextmanager
-def process(name: str, command: list[str], url: str, logs: Path, **env: str) -> Iterator[Stack]:
-    """A server as a child process, until it answers at ``url``; ended with its whole tree."""
+def process(
+    name: str, command: list[str], url: str, logs: Path, health: str = "/health", **env: str
+) -> Iterator[Stack]:
+    """A server as a child process, until ``health`` answers; ended with its whole tree."""
     log_path = logs / f"{name}.log"
     with log_path.open("w") as log:
         child = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | env)
     stack = Stack(name, url, "none", (child.pid,))
     try:
-        wait_for(f"{url}/health", child, log_path)
+        wait_for(f"{url}{health}", child, log_path)
         yield stack
     finally:
         family = stack.processes()
@@ -219,8 +222,10 @@ def litellm(upstream: Stack, python: Path, logs: Path) -> Iterator[Stack]:
     url = f"http://127.0.0.1:{port}"
     command = [str(python.parent / "litellm"), "--config", str(config), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--telemetry", "False"]
-    with process("litellm", command, url, logs, LITELLM_LOG="ERROR", NO_DOCS="True") as own:
-        yield Stack("litellm", url, "none", (*own.pids, *upstream.pids))
+    key = "sk-" + secrets.token_hex(32)  # without one it does not start
+    environment = {"LITELLM_LOG": "ERROR", "NO_DOCS": "True", "LITELLM_MASTER_KEY": key}
+    with process("litellm", command, url, logs, "/health/liveliness", **environment) as own:
+        yield Stack("litellm", url, key, (*own.pids, *upstream.pids))
 
 
 def litellm_python() -> Path:
