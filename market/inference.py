@@ -269,10 +269,6 @@ class Inference:
             recording = self._record(admission, meter, outcome, running)
         yield await asyncio.shield(recording)
 
-    async def abandon(self, admission: Admission, outcome: FinishReason) -> None:
-        """Record an admitted request that is never streamed; nothing is charged."""
-        await asyncio.shield(self._record(admission, Meter(admission), outcome, _Running()))
-
     async def drain(self) -> None:
         """Wait until every finished request is recorded."""
         while self._background:

@@ -39,8 +39,7 @@ LAYERS = {
     "HTTP framework": ("starlette", "fastapi", "serve_apps/http"),
     "HTTP server": ("uvicorn", "httptools"),
     "routes and scheduler": ("serve_apps/live", "serve_apps/gateway", "market/scheduler"),
-    "Ray": ("/ray/",),
-    "event loop": ("asyncio", "uvloop", "selectors"),
+    "event loops": ("asyncio", "uvloop", "selectors", "/ray/"),  # uvloop has no frames of its own
 }
 
 
@@ -101,7 +100,7 @@ def profile(own: OwnMarket, key: str, arguments: argparse.Namespace) -> None:
 
     send(2 * arguments.clients)  # warm
     gateway = gateway_of(own.pid)
-    raw = own.home / "stacks"
+    raw = arguments.stacks or own.home / "stacks"
     before = gateway.cpu_times()
     command = [str(py_spy()), "record", "--pid", str(gateway.pid), "--format", "raw"]
     command += ["--rate", str(RATE), "--output", str(raw), "--full-filenames", "--nonblocking"]
@@ -134,6 +133,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--model", type=Path, help="folder of the tiny model, made if missing")
+    parser.add_argument("--stacks", type=Path, help="keep the sampled stacks here")
     arguments = parser.parse_args()
     with paced_market(arguments.model) as own:
         profile(own, own.tenant("bench"), arguments)

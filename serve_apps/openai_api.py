@@ -324,12 +324,13 @@ async def _events(
     failure: MarketError | None = None
     try:
         async with aclosing(stream):
-            yield writer.opening()
+            written = writer.opening()
             try:
                 while not isinstance(item, UsageRecord):
-                    written = writer.chunk(item)
+                    written += writer.chunk(item)
                     if written:
                         yield written
+                    written = b""
                     item = await anext(stream)
             except MarketError as error:
                 failure = error
@@ -341,7 +342,7 @@ async def _events(
                 yield event(failure.body())
                 return
             record = item
-            yield writer.ending(record)
+            yield written + writer.ending(record)
     finally:
         done(record, failure)
 

@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from market.types import FinishReason
 from serve_apps.observed import seen_of
+from serve_apps.shapes import DONE
 
 Result = TypeVar("Result")
 
@@ -74,9 +75,13 @@ class EventStream(Response):
                 "headers": self.raw_headers,
             }
             await send(start)
+            more = True
             async for event in events:
                 if event:
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
+                    more = not event.endswith(DONE)  # nothing follows that: one write less
+                    await send({"type": "http.response.body", "body": event, "more_body": more})
+                if not more:
+                    return
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -22,6 +22,11 @@ class Prompter:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self.vocabulary = len(tokenizer)
+        # What transformers' own call ends in, after three times the work of encoding a short text.
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
 
     async def chat(self, body: ChatBody) -> tuple[int, ...]:
         """The conversation through the chat template, ready for the assistant's turn."""
@@ -50,7 +55,7 @@ class Prompter:
     async def text(self, prompt: str | list[int], param: str = "prompt") -> tuple[int, ...]:
         """A text's token ids, or token ids checked. Raises InvalidRequest for empty or unknown."""
         if isinstance(prompt, str):
-            ids: Sequence[int] = await _compute(len(prompt), self._tokenizer.encode, prompt)
+            ids: Sequence[int] = await _compute(len(prompt), self._encode, prompt, True)
         else:
             ids = prompt
         if not ids or not all(0 <= token_id < self.vocabulary for token_id in ids):
@@ -70,13 +75,16 @@ class Prompter:
         tools: list[dict[str, Any]] | None,
         options: dict[str, Any],
     ) -> list[int]:
-        ids: list[int] = self._tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
-            add_generation_prompt=True,
-            return_dict=False,
-            **options,
+        text: str = self._tokenizer.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=True, tokenize=False, **options
         )
+        return self._encode(text, False)  # the template writes special tokens itself
+
+    def _encode(self, text: str, special_tokens: bool) -> list[int]:
+        if self._backend is None:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special_tokens)
+        else:
+            ids = self._backend.encode(text, add_special_tokens=special_tokens).ids
         return ids
 
 
