@@ -22,6 +22,7 @@ from market.errors import (
     PermissionDenied,
 )
 from market.fairness import input_work
+from market.metering import TELLING, Admission, Ask, Meter, final_reason, make_record
 from market.ports import Clock, Routes, UsageSink
 from market.queueing import Queues
 from market.slices import Need, PurseKey, Reservation
@@ -30,128 +31,23 @@ from market.types import (
     EngineChunk,
     EngineRequest,
     FinishReason,
-    Grammar,
     Lane,
     Principal,
     RateCard,
     RecordKind,
     Role,
     Route,
-    Sampling,
-    TokenCounts,
     UsageQuality,
     UsageRecord,
 )
 
 DISPATCHES_MAX = 2
-CLAIM_MAX = 2**62
 # The next block is asked for when so many tokens of the last are left.
 EXTEND_AHEAD_TOKENS = 64
 # Answers of one request that are generated at a time: it has one place in the queue, not a pool.
 PARALLEL_MAX = 32
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """What is to be generated: ``answers`` of them for each of the prompts (token ids).
-
-    ``chat`` is the chat request as JSON, if the engine is to parse the model's answer.
-    """
-
-    prompts: tuple[tuple[int, ...], ...]
-    sampling: Sampling
-    answers: int = 1
-    grammar: Grammar | None = None
-    chat: bytes | None = None
-    embeds: bool = False
-    attrs: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def input_tokens(self) -> int:
-        """Tokens of all prompts; each counts once, however many answers it gets."""
-        return sum(map(len, self.prompts))
-
-    @property
-    def count(self) -> int:
-        """Answers in all; number i is of prompt ``i // answers``."""
-        return len(self.prompts) * self.answers
-
-
-@dataclass(slots=True)
-class Admission:
-    """A request that may be served: its place, its price and the money reserved for it.
-
-    ``draft`` is its record if it is never finished; on a lease nothing is reserved.
-    """
-
-    request_id: str
-    principal: Principal
-    route: Route
-    card: RateCard
-    ask: Ask
-    draft: UsageRecord
-    output_limit: int
-    key: PurseKey
-    reservation: Reservation | None
-    started_at: datetime
-    arrived_s: float
-    limited_by_money: bool = False
-
-
-class Meter:
-    """Counts what the gateway received from the engine: the basis of the bill."""
-
-    def __init__(self, admission: Admission) -> None:
-        self.route = admission.route
-        self._ask = admission.ask
-        self._arrived_s = admission.arrived_s
-        self._cached = [0] * len(admission.ask.prompts)
-        self.output = [0] * admission.ask.count
-        self._claimed: list[int | None] = [None] * admission.ask.count
-        self._replica: str | None = None
-        self._served_tokens: int | None = None
-        self.dispatched_s: float | None = None
-        self.first_token_s: float | None = None
-
-    @property
-    def counts(self) -> TokenCounts:
-        """Token counts so far; cached ones are the replica's word, capped at the input."""
-        return TokenCounts(self._ask.input_tokens, sum(self._cached), sum(self.output))
-
-    @property
-    def claimed_output_tokens(self) -> int | None:
-        """The replica's own count of all answers."""
-        known = [count for count in self._claimed if count is not None]
-        return sum(known) if known else None
-
-    def add(self, chunk: EngineChunk, now_s: float) -> None:
-        """Count one chunk."""
-        answer, (prompt, nth) = chunk.index, divmod(chunk.index, self._ask.answers)
-        if chunk.token_ids and self.first_token_s is None:
-            self.first_token_s = now_s
-        self.output[answer] += len(chunk.token_ids)
-        if nth == 0:  # the others find the prompt in the cache because of this one
-            length = len(self._ask.prompts[prompt])
-            self._cached[prompt] = _within(chunk.counts.cached_input_tokens, length)
-        self._claimed[answer] = _within(chunk.counts.output_tokens, CLAIM_MAX)
-        if chunk.replica is not None:
-            self._replica = chunk.replica
-        if chunk.served_tokens is not None:
-            self._served_tokens = chunk.served_tokens
-
-    def evidence(self) -> tuple[tuple[str, str], ...]:
-        """Which replica answered, and its own total: the ledger compares it with its rows."""
-        if self._replica is None:
-            return ()
-        if self._served_tokens is None:
-            return (("replica", self._replica),)
-        return ("replica", self._replica), ("served_tokens", str(self._served_tokens))
-
-    def elapsed_ms(self, until_s: float | None) -> int | None:
-        """Milliseconds from the request's arrival; None if it never came so far."""
-        return None if until_s is None else round((until_s - self._arrived_s) * 1000)
 
 
 @dataclass(slots=True)
@@ -249,7 +145,7 @@ class Inference:
                     if chunk.finish_reason is not None:
                         reasons.append(final_reason(admission, chunk.finish_reason))
                         if len(reasons) == admission.ask.count:
-                            outcome = max(reasons, key=_TELLING.index)
+                            outcome = max(reasons, key=TELLING.index)
                     else:
                         self._extend(admission, meter, running, chunk)
                     if chunk.wants is None or chunk.token_ids:
@@ -493,11 +389,6 @@ def first_block(limit: int, card: RateCard) -> int:
     return limit if card.output_pico == 0 else min(limit, pricing.FIRST_BLOCK_TOKENS)
 
 
-def _within(claimed: int, most: int) -> int:
-    """A replica's word, made fit for the books."""
-    return max(0, min(claimed, most))
-
-
 def output_limit(route: Route, input_tokens: int, max_tokens: int | None) -> int:
     """Output tokens that fit the context. Raises ContextTooLong if the request cannot fit."""
     context = route.max_context_tokens
@@ -510,52 +401,3 @@ def output_limit(route: Route, input_tokens: int, max_tokens: int | None) -> int
             param="messages" if room < 1 else "max_tokens",
         )
     return room if max_tokens is None else max_tokens
-
-
-# Of several answers the one that ended last in this order says why the request ended.
-_TELLING = (
-    FinishReason.STOP,
-    FinishReason.TOOL_CALLS,
-    FinishReason.LENGTH,
-    FinishReason.BUDGET,
-)
-
-
-def final_reason(admission: Admission, reported: FinishReason) -> FinishReason:
-    """``length`` for want of money is ``budget`` in the ledger."""
-    if reported is FinishReason.LENGTH and admission.limited_by_money:
-        return FinishReason.BUDGET
-    return reported
-
-
-def make_record(
-    admission: Admission,
-    meter: Meter,
-    outcome: FinishReason,
-    finished_at: datetime,
-    finished_s: float,
-) -> UsageRecord:
-    """The usage record of a request that has ended."""
-    counts, route = meter.counts, meter.route
-    return msgspec.structs.replace(
-        admission.draft,
-        # After a retry: where it really ran, which another provider may own.
-        deployment_id=route.deployment_id,
-        provider_id=route.provider_id,
-        node_id=route.node_id,
-        gpu_type=route.gpu_type,
-        gpu_milli=route.gpu_milli,
-        lease_id=route.lease_id,
-        finished_at=finished_at,
-        input_tokens=counts.input_tokens,
-        cached_input_tokens=counts.cached_input_tokens,
-        output_tokens=counts.output_tokens,
-        charge_pico=pricing.charge(counts, admission.card, outcome, admission.route.lane),
-        finish_reason=outcome,
-        usage_quality=UsageQuality.ENGINE,
-        claimed_output_tokens=meter.claimed_output_tokens,
-        queue_ms=meter.elapsed_ms(meter.dispatched_s),
-        ttft_ms=meter.elapsed_ms(meter.first_token_s),
-        duration_ms=meter.elapsed_ms(finished_s),
-        attrs=(*admission.draft.attrs, *meter.evidence()),
-    )

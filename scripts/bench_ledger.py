@@ -47,7 +47,6 @@ from market.accounts import CASH, Transfer, TransferKind, tenant_account
 from market.clock import SystemClock
 from market.cluster import node
 from market.config import Config
-from market.inference import Admission, Ask, Meter, make_record
 from market.ledger import manifest, publisher, settling, snapshot
 from market.ledger.inflight import InflightTable
 from market.ledger.manifest import Dataset
@@ -55,6 +54,7 @@ from market.ledger.producer import BATCH_DELAY_S, FULL_BATCH, REQUESTS_PER_EPOCH
 from market.ledger.schema import BATCH, MONEY, decode, encode, encode_batch
 from market.ledger.service import Ledger
 from market.ledger.spool import Spool
+from market.metering import Admission, Ask, Meter, make_record
 from market.ports import Clock
 from market.slices import PurseKey
 from market.types import (

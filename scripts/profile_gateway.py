@@ -34,7 +34,7 @@ LAYERS = {
     "queue and fairness": ("market/queueing", "market/fairness"),
     "usage records": ("market/ledger", "serve_apps/metrics", "prometheus_client"),
     "access log, telemetry": ("serve_apps/observed", "serve_apps/telemetry", "logging"),
-    "link to replicas": ("serve_apps/link",),
+    "link to replicas": ("serve_apps/link", "serve_apps/frames"),
     "writing events": ("serve_apps/shapes", "serve_apps/streams", "serve_apps/openai_api"),
     "HTTP framework": ("starlette", "fastapi", "serve_apps/http"),
     "HTTP server": ("uvicorn", "httptools"),

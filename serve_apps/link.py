@@ -15,109 +15,42 @@ import contextlib
 import hmac
 import logging
 import secrets
-import socket
-import struct
 from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import msgspec
 
-from market import errors
 from market.credit import Credit
 from market.errors import EngineFailed, MarketError, Overloaded
 from market.types import EngineChunk, EngineRequest
+from serve_apps.frames import (
+    Abort,
+    Asked,
+    Extend,
+    Failure,
+    Open,
+    Piece,
+    Taken,
+    decode_asked,
+    decode_pieces,
+    encode,
+    error_of,
+    failure_of,
+    merge,
+    read_frame,
+    tune,
+    write_frame,
+)
 
 logger = logging.getLogger(__name__)
 
 WINDOW = 2
-FRAME_MAX_BYTES = 64 * 2**20
 SECRET_MAX_BYTES = 256
 CONNECT_TIMEOUT_S = 5.0
 # How long to look for a replica that is not there: a lost one is started again meanwhile.
 REPLICA_TIMEOUT_S = 120.0
 CLOSE_POLL_S = 0.5
-KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 5, 2, 3
-_LENGTH = struct.Struct("<I")
-
-
-class Open(msgspec.Struct, array_like=True, tag=0):
-    """Begin a stream."""
-
-    stream: int
-    request: EngineRequest
-    credit: int
-    final: bool
-
-
-class Extend(msgspec.Struct, array_like=True, tag=1):
-    """More tokens are paid for; with ``final`` no more will be."""
-
-    stream: int
-    credit: int
-    final: bool
-
-
-class Abort(msgspec.Struct, array_like=True, tag=2):
-    """Nobody reads the stream any more."""
-
-    stream: int
-
-
-class Taken(msgspec.Struct, array_like=True, tag=3):
-    """The gateway has passed so many frames on."""
-
-    frames: int
-
-
-class Failure(msgspec.Struct, array_like=True):
-    """A MarketError on its way; ``kind`` is the name of its class."""
-
-    kind: str
-    message: str
-    code: str
-    param: str | None
-    retry_after_s: float | None
-
-
-class Piece(msgspec.Struct, array_like=True):
-    """News of one stream: a chunk, its failure, or (neither) its end."""
-
-    stream: int
-    chunk: EngineChunk | None = None
-    failure: Failure | None = None
-
-
-Asked = Open | Extend | Abort | Taken
-_encoder = msgspec.msgpack.Encoder()
-_asked = msgspec.msgpack.Decoder(Asked)
-_pieces = msgspec.msgpack.Decoder(list[Piece])
 
 Generate = Callable[[EngineRequest, Credit], AsyncGenerator[EngineChunk, None]]
-
-
-def merge(chunks: list[EngineChunk]) -> EngineChunk:
-    """Consecutive chunks as one: what accumulates joined, counts and reason of the last."""
-    if len(chunks) == 1:
-        return chunks[0]
-    first, last = chunks[0], chunks[-1]
-    logprobs = deltas = None
-    if any(chunk.logprobs is not None for chunk in chunks):
-        logprobs = tuple(place for chunk in chunks for place in chunk.logprobs or ())
-    if any(chunk.deltas is not None for chunk in chunks):
-        deltas = tuple(delta for chunk in chunks for delta in chunk.deltas or ())
-    return EngineChunk(
-        text="".join([chunk.text for chunk in chunks]),
-        token_ids=tuple([token for chunk in chunks for token in chunk.token_ids]),
-        counts=last.counts,
-        finish_reason=last.finish_reason,
-        replica=first.replica,
-        served_tokens=last.served_tokens,
-        logprobs=logprobs,
-        deltas=deltas,
-        prompt_logprobs=first.prompt_logprobs,
-        stop_reason=last.stop_reason,
-        embedding=last.embedding,
-        wants=last.wants,
-    )
 
 
 class LinkServer:
@@ -158,14 +91,14 @@ class LinkServer:
         peer = None
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                shown = await _read(reader, SECRET_MAX_BYTES)
+                shown = await read_frame(reader, SECRET_MAX_BYTES)
             if not hmac.compare_digest(shown, self.secret.encode()):
                 logger.warning("a connection without the secret was closed")
                 return
             peer = _Peer(self._generate, writer)
             self._peers.add(peer)
             while True:
-                peer.take(_asked.decode(await _read(reader)))
+                peer.take(decode_asked(await read_frame(reader)))
         except (OSError, TimeoutError, asyncio.IncompleteReadError, msgspec.DecodeError):
             pass  # the gateway is gone, or was none
         finally:
@@ -196,7 +129,7 @@ class _Peer:
             case Open(stream, request, tokens, final):
                 if self.closing:
                     leaving = Overloaded("this replica is going down", retry_after_s=1)
-                    self._ended.append(Piece(stream, None, _failure(leaving)))
+                    self._ended.append(Piece(stream, None, failure_of(leaving)))
                     self._news.set()
                     return
                 credit = self._credits[stream] = Credit(tokens, final)
@@ -227,10 +160,12 @@ class _Peer:
                     self._waiting.setdefault(stream, []).append(chunk)
                     self._news.set()
         except MarketError as error:
-            failure = _failure(error)
+            failure = failure_of(error)
         except Exception as error:
             logger.exception("stream %s broke", request.request_id)
-            failure = _failure(EngineFailed(f"the engine failed: {type(error).__name__}: {error}"))
+            failure = failure_of(
+                EngineFailed(f"the engine failed: {type(error).__name__}: {error}")
+            )
         finally:
             del self.tasks[stream]
             del self._credits[stream]
@@ -250,7 +185,7 @@ class _Peer:
                 self._waiting.clear()
                 self._ended.clear()
                 self._under_way += 1
-                _write(self._writer, _encoder.encode(pieces))
+                write_frame(self._writer, encode(pieces))
                 await self._writer.drain()
 
 
@@ -318,7 +253,7 @@ class Link:
 
     def _send(self, writer: asyncio.StreamWriter, asked: Asked) -> None:
         with contextlib.suppress(OSError):  # the reader notices, too, and says so to all streams
-            _write(writer, _encoder.encode(asked))
+            write_frame(writer, encode(asked))
 
     def connect(self) -> None:
         """Begin to connect, so that no request has to wait for it."""
@@ -349,7 +284,7 @@ class Link:
         except (OSError, TimeoutError) as error:
             raise EngineFailed(f"the replica cannot be reached: {error!r}") from error
         tune(writer)
-        _write(writer, secret.encode())
+        write_frame(writer, secret.encode())
         self._writer = writer
         self._reading = asyncio.create_task(self._read_forever(reader, writer))
         return writer
@@ -360,7 +295,7 @@ class Link:
         loop = asyncio.get_running_loop()
         try:
             while True:
-                for piece in _pieces.decode(await _read(reader)):
+                for piece in decode_pieces(await read_frame(reader)):
                     stream = self._streams.get(piece.stream)
                     if stream is not None:
                         stream.put(piece)
@@ -371,7 +306,7 @@ class Link:
         finally:
             self._writer = None
             writer.close()
-            lost = _failure(EngineFailed("the replica is gone"))
+            lost = failure_of(EngineFailed("the replica is gone"))
             for stream in self._streams.values():
                 stream.put(Piece(0, None, lost))
             if not self._closed:
@@ -400,7 +335,7 @@ class _Stream:
         """All there is, as one chunk; None at the end."""
         while not self._chunks:
             if self._failure is not None:
-                raise _error(self._failure)
+                raise error_of(self._failure)
             if self.ended:
                 return None
             self._waiter = asyncio.get_running_loop().create_future()
@@ -414,47 +349,3 @@ def _seen(attempt: "asyncio.Task[asyncio.StreamWriter]") -> None:
     """Perhaps nobody waits for it."""
     if not attempt.cancelled() and attempt.exception() is not None:
         logger.info("%s", attempt.exception())
-
-
-def tune(writer: asyncio.StreamWriter) -> None:
-    """No delay for small frames, and a dead peer is noticed in about ten seconds."""
-    connection = writer.get_extra_info("socket")
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (
-        ("TCP_KEEPIDLE", KEEPALIVE_IDLE_S),
-        ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL_S),
-        ("TCP_KEEPCNT", KEEPALIVE_PROBES),
-    ):
-        if hasattr(socket, name):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-async def _read(reader: asyncio.StreamReader, most: int = FRAME_MAX_BYTES) -> bytes:
-    (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-    if length > most:
-        raise msgspec.DecodeError(f"a frame of {length} bytes")
-    return await reader.readexactly(length)
-
-
-def _write(writer: asyncio.StreamWriter, content: bytes) -> None:
-    writer.write(_LENGTH.pack(len(content)) + content)
-
-
-def _failure(error: MarketError) -> Failure:
-    kind = type(error).__name__
-    return Failure(kind, error.message, error.code, error.param, error.retry_after_s)
-
-
-def _error(failure: Failure) -> MarketError:
-    found = getattr(errors, failure.kind, None)
-    kind: type[MarketError] = EngineFailed
-    if isinstance(found, type) and issubclass(found, MarketError):
-        kind = found
-    error: MarketError = kind(
-        failure.message,
-        code=failure.code,
-        param=failure.param,
-        retry_after_s=failure.retry_after_s,
-    )
-    return error

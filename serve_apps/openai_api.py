@@ -14,7 +14,7 @@ from fastapi.responses import Response
 
 from market import pricing
 from market.errors import InvalidRequest, MarketError, MarketFault
-from market.inference import Admission, Ask
+from market.metering import Admission, Ask
 from market.types import EngineChunk, Principal, Route, Sampling, UsageRecord
 from serve_apps.auth import require_model
 from serve_apps.http import Caller, Services, With, principal_of, services_of

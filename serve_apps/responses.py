@@ -9,10 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from market import pricing
 from market.errors import InvalidRequest
-from market.inference import Admission
+from market.metering import Admission
 from market.types import EngineChunk, FinishReason, UsageRecord
+from serve_apps.messages import PARTS_MAX
 from serve_apps.shapes import encode
-from serve_apps.wire import MESSAGES_MAX, PARTS_MAX, ChatBody, service_tier
+from serve_apps.wire import MESSAGES_MAX, ChatBody, service_tier
 
 
 class InputPart(BaseModel):

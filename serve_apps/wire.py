@@ -18,13 +18,12 @@ from pydantic import (
 
 from market.errors import InvalidRequest
 from market.types import Grammar, GrammarKind, Lane, Sampling
+from serve_apps.messages import TOOLS_MAX, Message, NamedTool, Tool
 
 COMPLETION_MAX_TOKENS = 16
 STOP_MAX = 16
 LOGIT_BIAS_MAX = 300
 MESSAGES_MAX = 4096
-PARTS_MAX = 256
-TOOLS_MAX = 128
 ANSWERS_MAX = 128
 TOP_LOGPROBS_MAX = 20
 SCHEMA_MAX_BYTES = 128 * 1024
@@ -203,97 +202,6 @@ class GenerationBody(BaseModel):
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
         )
-
-
-class ContentPart(BaseModel):
-    """A part of a message; only text can be served."""
-
-    type: Literal["text", "refusal"]
-    text: str = ""
-    refusal: str = ""
-
-
-class CalledFunction(BaseModel):
-    """The function of a tool call that the model made before."""
-
-    name: str
-    arguments: str = ""
-
-
-class ToolCall(BaseModel):
-    """A tool call that the model made before."""
-
-    id: str = ""
-    type: Literal["function"] = "function"
-    function: CalledFunction
-
-
-class Message(BaseModel):
-    """A chat message."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: (
-        str | Annotated[list[ContentPart], Field(fail_fast=True, max_length=PARTS_MAX)] | None
-    ) = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=TOOLS_MAX)] | None = None
-    tool_call_id: str | None = None
-    name: str | None = None
-
-    def for_template(self) -> dict[str, Any]:
-        """As chat templates take it."""
-        content = self.content or ""
-        if not isinstance(content, str):
-            content = "".join(part.text or part.refusal for part in content)
-        role = "system" if self.role == "developer" else self.role
-        message: dict[str, Any] = {"role": role, "content": content}
-        if self.tool_calls:
-            message["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": "function",
-                    "function": {
-                        "name": call.function.name,
-                        "arguments": _arguments(call.function.arguments),
-                    },
-                }
-                for call in self.tool_calls
-            ]
-        for name in ("tool_call_id", "name"):
-            value = getattr(self, name)
-            if value is not None:
-                message[name] = value
-        return message
-
-
-class FunctionTool(BaseModel):
-    """A function that the model may call; ``parameters`` is a JSON schema."""
-
-    model_config = ConfigDict(extra="allow")
-
-    name: Annotated[str, Field(min_length=1, max_length=256)]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(BaseModel):
-    """One of ``tools``."""
-
-    type: Literal["function"]
-    function: FunctionTool
-
-
-class NamedFunction(BaseModel):
-    """The function of a ``tool_choice``."""
-
-    name: str
-
-
-class NamedTool(BaseModel):
-    """``tool_choice`` that names a function."""
-
-    type: Literal["function"]
-    function: NamedFunction
 
 
 class ChatBody(GenerationBody):
@@ -499,14 +407,6 @@ def service_tier(lane: Lane) -> str:
 
 def _is_ids(value: object) -> bool:
     return isinstance(value, list) and all(type(token_id) is int for token_id in value)
-
-
-def _arguments(text: str) -> Any:
-    """Arguments as templates want them: the object, or the text if it is none."""
-    try:
-        return json.loads(text) if text else {}
-    except ValueError:
-        return text
 
 
 def _is_type_name(part: int | str) -> bool:

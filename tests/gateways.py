@@ -1,7 +1,8 @@
 """A gateway's core over fakes, for tests of the story and of what speaks HTTP around it."""
 
 from market.fakes import DirectGrants, DirectSink, FakeClock, FakeRoutes, MemoryLedger
-from market.inference import Ask, Inference
+from market.inference import Inference
+from market.metering import Ask
 from market.queueing import Queues
 from market.slicing import Slices
 from market.types import Sampling

@@ -19,7 +19,8 @@ from market.accounts import HoldState
 from market.credit import within
 from market.errors import EngineFailed, MarketError, MarketFault, Overloaded
 from market.fakes import FakeClock, FakeRoutes, MemoryLedger
-from market.inference import Ask, Inference
+from market.inference import Inference
+from market.metering import Ask
 from market.queueing import Queues
 from market.scheduler.shares import GatewayReport, Shares
 from market.slicing import Slices

@@ -19,7 +19,7 @@ from market.errors import (
     PermissionDenied,
 )
 from market.fakes import FakeEngine
-from market.inference import Ask
+from market.metering import Ask
 from market.types import FinishReason, Lane, Principal, Role, Sampling, UsageQuality, UsageRecord
 from tests.gateways import PROMPT, gateway
 from tests.samples import ACME, CARD, ROUTE

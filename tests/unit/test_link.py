@@ -16,7 +16,8 @@ from market.types import (
     TokenCounts,
     TokenLogprob,
 )
-from serve_apps.link import Link, LinkServer, merge
+from serve_apps.frames import merge
+from serve_apps.link import Link, LinkServer
 
 HOST = "127.0.0.1"
 
