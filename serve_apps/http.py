@@ -142,7 +142,7 @@ class BodyLimit:
 def error_response(scope: Scope, error: MarketError) -> JSONResponse:
     """An error as OpenAI's clients expect it."""
     seen_of(scope).error_code = error.code
-    headers = {}
+    headers = dict(seen_of(scope).rate_limits)
     if error.retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
         headers["retry-after-ms"] = str(max(1, round(error.retry_after_s * 1000)))

@@ -44,6 +44,7 @@ class Seen:
     answers: int = 1
     stream: bool = False
     error_code: str | None = None
+    rate_limits: dict[str, str] = field(default_factory=dict)  # headers of a refusal
     record: UsageRecord | None = None
     duration_s: float = 0.0
 

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from market import pricing
-from market.errors import InvalidRequest, MarketError, MarketFault
+from market.errors import InvalidRequest, MarketError, MarketFault, RateLimited
 from market.metering import Admission, Ask
 from market.types import EngineChunk, Principal, Route, Sampling, UsageRecord
 from serve_apps.auth import require_model
@@ -268,7 +268,11 @@ async def _generate(call: Call, began_s: float, seen: Seen) -> Response:
     limit = call.ask.sampling.max_tokens or pricing.FIRST_BLOCK_TOKENS
     expected = call.ask.input_tokens + limit * call.ask.count
     now_s = services.clock.monotonic()
-    let = services.limits.enter(caller.api_key_id, policy, expected, now_s)
+    try:
+        let = services.limits.enter(caller.api_key_id, policy, expected, now_s)
+    except RateLimited:
+        seen.rate_limits = services.limits.headers(caller.api_key_id, policy, now_s)
+        raise
     used = 0
     streaming = False
     try:

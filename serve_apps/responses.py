@@ -68,6 +68,7 @@ class ResponsesBody(BaseModel):
     metadata: dict[str, str] | None = None
     previous_response_id: None = None
     conversation: None = None
+    prompt: None = None
     background: Literal[False] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     service_tier: str | None = None

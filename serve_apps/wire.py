@@ -362,6 +362,15 @@ _NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "guided_regex": (None,),
     "guided_choice": (None,),
     "guided_grammar": (None,),
+    "chat_template": (None,),
+    "documents": (None, []),
+    "continue_final_message": (None, False),
+    "add_generation_prompt": (None, True),
+    "bad_words": (None, []),
+    "allowed_token_ids": (None,),
+    "truncate_prompt_tokens": (None,),
+    "length_penalty": (None, 1, 1.0),
+    "verbosity": (None, "medium"),
 }
 # Known to one kind of request only; the other must not ignore them.
 _CHAT_ONLY = {"echo": (None, False), "top_logprobs": (None, 0)}

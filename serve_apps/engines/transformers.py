@@ -172,6 +172,9 @@ def _require_plain(request: EngineRequest) -> None:
         "logprobs": sampling.logprobs is not None or sampling.prompt_logprobs is not None,
         "response_format": request.grammar is not None,
         "tools": request.chat is not None,
+        "stop_token_ids": bool(sampling.stop_token_ids),
+        "include_stop_str_in_output": sampling.include_stop,
+        "skip_special_tokens": not sampling.skip_special_tokens,
     }
     for name, present in asked.items():
         if present:

@@ -354,6 +354,7 @@ class TestKeys:
         assert asked[0].headers["x-ratelimit-remaining-requests"] == "1"
         assert asked[1].headers["x-ratelimit-remaining-tokens"] == "974"
         assert asked[1].headers["x-ratelimit-reset-requests"] == "1m0s"
+        assert asked[2].headers["x-ratelimit-remaining-requests"] == "0"
         assert asked[2].json()["error"]["code"] == "rate_limit_exceeded"
         assert asked[2].headers["retry-after"] == "30"
         assert asked[2].headers["x-should-retry"] == "true"

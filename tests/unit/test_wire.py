@@ -68,6 +68,10 @@ class TestParse:
             {"echo": True},
             {"use_beam_search": True},
             {"guided_json": {}},
+            {"chat_template": "{{ x }}"},
+            {"continue_final_message": True},
+            {"bad_words": ["no"]},
+            {"verbosity": "low"},
         ],
     )
     def test_what_would_change_the_answer_is_refused_not_ignored(self, changes):
