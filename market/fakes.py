@@ -118,6 +118,10 @@ class FakeRoutes:
             raise NotFound(f"model {model!r} is not served", code="model_not_found")
         return self._route
 
+    def least_busy(self, route: Route) -> Route:
+        """There is only one."""
+        return route
+
     async def another(self, route: Route) -> Route:
         """There is no other."""
         return route

@@ -18,7 +18,9 @@ from market.credit import Credit
 from market.errors import (
     ContextTooLong,
     EngineFailed,
+    MarketError,
     MarketFault,
+    Overloaded,
     PermissionDenied,
 )
 from market.fairness import input_work
@@ -57,6 +59,7 @@ class _Running:
     credits: dict[int, Credit] = field(default_factory=dict)
     extending: set[int] = field(default_factory=set)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    failure: MarketError | None = None
 
 
 class Inference:
@@ -142,6 +145,8 @@ class Inference:
                     meter.add(chunk, self._clock.monotonic())
                     self._queues.serve(pool, request_id, len(chunk.token_ids))
                     self._require_paid(admission, meter, running, chunk.index)
+                    if running.failure is not None and chunk.finish_reason is FinishReason.LENGTH:
+                        raise running.failure
                     if chunk.finish_reason is not None:
                         reasons.append(final_reason(admission, chunk.finish_reason))
                         if len(reasons) == admission.ask.count:
@@ -161,6 +166,8 @@ class Inference:
                 self._queues.leave(pool, request_id)
             for task in running.tasks:
                 task.cancel()
+            if admission.is_broken and outcome is FinishReason.CLIENT_DISCONNECT:
+                outcome = FinishReason.MARKET_FAULT
             # Its own task: a cancelled or closed stream must not take its record with it.
             recording = self._record(admission, meter, outcome, running)
         yield await asyncio.shield(recording)
@@ -283,8 +290,11 @@ class Inference:
         paid, begun = admission.reservation, False
         for attempt in range(1, DISPATCHES_MAX + 1):
             meter.dispatched_s = self._clock.monotonic()
-            if attempt > 1:
+            if attempt == 1:
+                meter.route = self._routes.least_busy(meter.route)
+            else:
                 meter.route = await self._routes.another(meter.route)
+            admission.served_by = meter.route
             # Another id on the second try: a half-dead replica may still know the first.
             name = f"{request.request_id}-{index}-{attempt}"
             tried = msgspec.structs.replace(request, request_id=name)
@@ -300,7 +310,7 @@ class Inference:
                         if chunk.finish_reason is not None:
                             return  # complete: what happens to the replica now is not our matter
                 raise EngineFailed("the replica ended its stream without finishing")
-            except EngineFailed:
+            except (EngineFailed, Overloaded):
                 if begun or attempt == DISPATCHES_MAX:
                     raise
 
@@ -335,7 +345,10 @@ class Inference:
 
         async def wait() -> None:
             weight = admission.principal.weight
-            got = await self._slices.extend_or_wait(admission.key, paid, more, weight)
+            try:
+                got = await self._slices.extend_or_wait(admission.key, paid, more, weight)
+            except MarketError as error:
+                got, running.failure = 0, error  # raised when the answer stops for want of credit
             if got == 0:
                 admission.limited_by_money = True
             final = got == 0 or credit.tokens + got >= limit
@@ -363,6 +376,8 @@ class Inference:
         if extending:  # they may hold a part of the reservation until they have ended
             await asyncio.gather(*extending, return_exceptions=True)
         record = make_record(admission, meter, outcome, self._clock.now(), self._clock.monotonic())
+        if admission.on_record is not None:
+            admission.on_record(record)
         paid = admission.reservation
         if paid is None:
             return await self._sink.record(record)

@@ -78,6 +78,12 @@ class Limits:
             del self._keys[name]
         return frozenset(self._keys)
 
+    def check(self, api_key_id: str, policy: KeyPolicy, now_s: float) -> None:
+        """Raises RateLimited if the key has no request left; so nothing is done for it."""
+        if policy.requests_per_min is not None:
+            key = self._key(api_key_id, policy, now_s)
+            _require(key, policy, {"requests": 1})
+
     def enter(self, api_key_id: str, policy: KeyPolicy, tokens: int, now_s: float) -> Pass | None:
         """Let a request through, or raise RateLimited; None for a key without limits."""
         if not has_limits(policy):
@@ -90,14 +96,7 @@ class Limits:
                 retry_after_s=1,
             )
         needs = {"requests": 1, "tokens": tokens}
-        for name, bucket in key.buckets.items():
-            wait_s = bucket.wait_s(needs[name])
-            if wait_s > 0:
-                kind = RateLimited if name == "requests" else TokensLimited
-                raise kind(
-                    f"this key's limit of {_limits(policy)[name]} {name} a minute is reached",
-                    retry_after_s=min(wait_s, MINUTE_S),
-                )
+        _require(key, policy, needs)
         for name, bucket in key.buckets.items():
             bucket.level -= needs[name]
         key.running += 1
@@ -138,6 +137,17 @@ class Limits:
                 bucket = key.buckets.setdefault(name, Bucket(part, part, now_s))
                 bucket.refill(part, now_s)
         return key
+
+
+def _require(key: _Key, policy: KeyPolicy, needs: Mapping[str, int]) -> None:
+    for name, need in needs.items():
+        wait_s = key.buckets[name].wait_s(need) if name in key.buckets else 0.0
+        if wait_s > 0:
+            kind = RateLimited if name == "requests" else TokensLimited
+            raise kind(
+                f"this key's limit of {_limits(policy)[name]} {name} a minute is reached",
+                retry_after_s=min(wait_s, MINUTE_S),
+            )
 
 
 def _limits(policy: KeyPolicy) -> dict[str, int | None]:

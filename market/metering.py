@@ -1,5 +1,6 @@
 """What is asked and admitted, what is counted of it, and the usage record of it. Pure."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -53,7 +54,8 @@ class Ask:
 class Admission:
     """A request that may be served: its place, its price and the money reserved for it.
 
-    ``draft`` is its record if it is never finished; on a lease nothing is reserved.
+    ``draft`` is its record if it is never finished; on a lease nothing is reserved. ``on_record``
+    is told the record, which every admitted request has in the end.
     """
 
     request_id: str
@@ -68,6 +70,10 @@ class Admission:
     started_at: datetime
     arrived_s: float
     limited_by_money: bool = False
+    # Set when it is us, not the client, who break the answer off: then nothing is charged.
+    is_broken: bool = False
+    served_by: Route | None = None
+    on_record: Callable[[UsageRecord], None] | None = None
 
 
 class Meter:
@@ -89,6 +95,17 @@ class Meter:
     def counts(self) -> TokenCounts:
         """Token counts so far; cached ones are the replica's word, capped at the input."""
         return TokenCounts(self._ask.input_tokens, sum(self._cached), sum(self.output))
+
+    @property
+    def begun(self) -> TokenCounts:
+        """The same, with the prompts only that are known to be prefilled: a token came of them."""
+        per_prompt = zip(self._ask.prompts, self._outputs(), strict=True)
+        prefilled = sum(len(prompt) for prompt, outputs in per_prompt if any(outputs))
+        return TokenCounts(prefilled, min(sum(self._cached), prefilled), sum(self.output))
+
+    def _outputs(self) -> list[list[int]]:
+        each = self._ask.answers
+        return [self.output[n : n + each] for n in range(0, len(self.output), each)]
 
     @property
     def claimed_output_tokens(self) -> int | None:
@@ -148,7 +165,8 @@ def make_record(
     finished_s: float,
 ) -> UsageRecord:
     """The usage record of a request that has ended."""
-    counts, route = meter.counts, meter.route
+    gone = outcome is FinishReason.CLIENT_DISCONNECT
+    counts, route = meter.begun if gone else meter.counts, meter.route
     return msgspec.structs.replace(
         admission.draft,
         # After a retry: where it really ran, which another provider may own.

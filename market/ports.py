@@ -106,6 +106,10 @@ class Routes(Protocol):
         """Raises NotFound for an unknown model, NoCapacity if it is not ready."""
         ...
 
+    def least_busy(self, route: Route) -> Route:
+        """The replica of the same deployment that has the least to do now."""
+        ...
+
     async def another(self, route: Route) -> Route:
         """A replica of the same deployment for a second try, as soon as one can be asked.
 

@@ -119,7 +119,10 @@ class Slices:
     async def extend_or_wait(
         self, key: PurseKey, reservation: Reservation, tokens: int, weight: int = 1
     ) -> int:
-        """Another block for an answer, or what can be had of it; returns the tokens, perhaps 0."""
+        """Another block for an answer, or what can be had of it; returns the tokens, perhaps 0.
+
+        Raises MarketError if it could not be asked for.
+        """
         if self.extend(key, reservation, tokens):
             return tokens
         deadline_s = self._clock.monotonic() + RECALL_PATIENCE_S
@@ -128,6 +131,8 @@ class Slices:
         try:
             await self._wait(key, waiter)
         except MarketError as error:
+            if error.http_status != InsufficientBalance.http_status:
+                raise
             logger.info("an answer of %s ends for want of money: %s", key.tenant_id, error)
         return waiter.extended_tokens
 
@@ -344,8 +349,12 @@ class Slices:
         ]
         gave = False
         for other in others:
-            if not self._lock(other).locked():
+            if self._lock(other).locked():
+                continue
+            try:
                 gave = await self._shrink(other, leave_ahead=False) or gave
+            except MarketError as error:  # what could not be given back is not there for others
+                logger.warning("a slice of %s did not shrink: %s", other.tenant_id, error)
         return gave
 
     async def _shrink(self, key: PurseKey, leave_ahead: bool) -> bool:

@@ -100,7 +100,8 @@ class Principal:
     """An authenticated API key. ``subject_id`` is the tenant's or provider's id.
 
     ``weight`` is the tenant's share of contended pools; ``budgeted`` keys have money of their own
-    set aside, because what they may spend is less than what the tenant has.
+    set aside, because what they may spend is less than what the tenant has. ``secret_until``: the
+    key was rotated, and this was its old secret, good until then.
     """
 
     api_key_id: str
@@ -109,6 +110,7 @@ class Principal:
     policy: KeyPolicy = UNLIMITED
     weight: int = 1
     budgeted: bool = False
+    secret_until: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)

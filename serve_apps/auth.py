@@ -5,6 +5,7 @@ logged.
 import asyncio
 import logging
 from collections import OrderedDict
+from datetime import datetime
 from typing import Protocol
 
 from market.errors import InvalidKey, MarketError, Overloaded, PermissionDenied
@@ -84,10 +85,10 @@ class Authenticator:
             principal = known[0]
         else:
             principal = await self._look_up(hashed)
-        if principal is None:
+        if principal is None or _is_over(principal.secret_until, self._clock.now()):
             raise InvalidKey("this API key is unknown or revoked")
         expires_at = principal.policy.expires_at
-        if expires_at is not None and expires_at <= self._clock.now():
+        if expires_at is not None and _is_over(expires_at, self._clock.now()):
             raise InvalidKey(f"this API key expired at {expires_at:%Y-%m-%d %H:%M:%S} UTC")
         return principal
 
@@ -112,6 +113,10 @@ class Authenticator:
         while len(self._known) > CACHE_MAX:
             self._known.popitem(last=False)
         return principal
+
+
+def _is_over(until: datetime | None, now: datetime) -> bool:
+    return until is not None and until <= now
 
 
 def require_method(principal: Principal, method: str) -> None:

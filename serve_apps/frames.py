@@ -11,6 +11,7 @@ from market.errors import EngineFailed, MarketError
 from market.types import EngineChunk, EngineRequest
 
 FRAME_MAX_BYTES = 64 * 2**20
+UNACKNOWLEDGED_MS = 10_000
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 5, 2, 3
 _LENGTH = struct.Struct("<I")
 
@@ -100,6 +101,8 @@ def tune(writer: asyncio.StreamWriter) -> None:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
+        # Probes are not sent while something is unacknowledged; this is for then.
+        ("TCP_USER_TIMEOUT", UNACKNOWLEDGED_MS),
         ("TCP_KEEPIDLE", KEEPALIVE_IDLE_S),
         ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL_S),
         ("TCP_KEEPCNT", KEEPALIVE_PROBES),

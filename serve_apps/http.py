@@ -181,5 +181,5 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _bug(request: Request, error: Exception) -> Response:
     logger.error("unexpected error in %s", request.url.path, exc_info=error)
-    fault = MarketFault("internal error; you are not billed for this request")
+    fault = MarketFault("internal error")
     return error_response(request.scope, fault)

@@ -86,8 +86,8 @@ async def create_key(body: NewKey, services: With, caller: Caller) -> dict[str, 
 @router.get("/keys")
 async def list_keys(services: With, caller: Caller) -> list[dict[str, Any]]:
     """Keys without their secrets."""
-    subject = None if caller.role is Role.OPERATOR else caller.subject_id
-    rows = await services.ledger.keys(subject)
+    owner = None if caller.role is Role.OPERATOR else (caller.role, caller.subject_id)
+    rows = await services.ledger.keys(owner)
     return [
         {**row, "budgets": await services.ledger.budget_rows(row["api_key_id"])} for row in rows
     ]
@@ -122,6 +122,8 @@ async def rotate_key(
     """Give a key a new secret; the old one works on for a while. Keys may rotate themselves."""
     if caller.role is not Role.OPERATOR and caller.api_key_id != api_key_id:
         raise PermissionDenied("a key may rotate itself only; others need an operator key")
+    if caller.secret_until is not None:  # who has only the old one is whom it is taken from
+        raise PermissionDenied("this is the key's old secret; rotate it with the new one")
     overlap = timedelta(0)
     if body.overlap not in ("0", "0s"):
         overlap = timedelta(seconds=parse_term(body.overlap, "overlap"))

@@ -133,7 +133,9 @@ class _Peer:
                     self._news.set()
                     return
                 credit = self._credits[stream] = Credit(tokens, final)
-                self.tasks[stream] = asyncio.create_task(self._run(stream, request, credit))
+                task = asyncio.create_task(self._run(stream, request, credit))
+                self.tasks[stream] = task
+                task.add_done_callback(lambda _: self._forget(stream))
             case Extend(stream, tokens, final):
                 if stream in self._credits:
                     self._credits[stream].extend(tokens, final)
@@ -166,11 +168,13 @@ class _Peer:
             failure = failure_of(
                 EngineFailed(f"the engine failed: {type(error).__name__}: {error}")
             )
-        finally:
-            del self.tasks[stream]
-            del self._credits[stream]
         self._ended.append(Piece(stream, None, failure))
         self._news.set()
+
+    def _forget(self, stream: int) -> None:
+        """The stream has ended, perhaps before it began: aborted in the frame that opened it."""
+        self.tasks.pop(stream, None)
+        self._credits.pop(stream, None)
 
     async def _send(self) -> None:
         """Frames, as fast as the gateway takes them: with each goes all there is."""

@@ -167,6 +167,11 @@ class LiveRoutes:
             param="model",
         )
 
+    def least_busy(self, route: Route) -> Route:
+        """The replica of the same deployment that has the least to do now, after the queue."""
+        ready = [r for r in self._table.ready if r.deployment_id == route.deployment_id]
+        return min(ready, key=self._busy, default=route)
+
     async def another(self, route: Route) -> Route:
         """A replica of the same deployment for a second try, as soon as one can be asked.
 

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from market import pricing
 from market.errors import MarketFault
+from market.metering import Admission
 from market.types import Principal, Sampling, UsageRecord
 
 LOG_MAX_BYTES = 32 * 2**20
@@ -46,7 +47,13 @@ class Seen:
     error_code: str | None = None
     rate_limits: dict[str, str] = field(default_factory=dict)  # headers of a refusal
     record: UsageRecord | None = None
+    admission: Admission | None = None
     duration_s: float = 0.0
+
+    def break_off(self) -> None:
+        """It is us, not the client, who end it now: nothing is charged."""
+        if self.admission is not None:
+            self.admission.is_broken = True
 
 
 Watcher = Callable[[Seen], None]

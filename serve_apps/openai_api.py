@@ -42,6 +42,9 @@ from serve_apps.wire import (
 )
 
 logger = logging.getLogger(__name__)
+
+# Log probabilities that are kept until a whole answer is complete, each about 400 bytes.
+LOGPROBS_MAX = 2**18
 router = APIRouter(prefix="/v1")
 
 Stream = AsyncGenerator[EngineChunk | UsageRecord, None]
@@ -107,14 +110,14 @@ async def embeddings(request: Request) -> Response:
 async def _chat(services: Services, caller: Principal, raw: bytes) -> Call:
     body = parse(ChatBody, raw)
     route, prompter = await _model(services, caller, body.model)
-    ask = await _chat_ask(body, route, prompter)
+    ask = await _chat_ask(body, route, prompter, len(raw))
     return _generation(services, caller, route, (ask, body, ChatShape(ask.count)))
 
 
-async def _chat_ask(body: ChatBody, route: Route, prompter: Prompter) -> Ask:
+async def _chat_ask(body: ChatBody, route: Route, prompter: Prompter, size: int) -> Ask:
     parsing = body.parsing(bool(route.reasoning_parser))
     return Ask(
-        prompts=(await prompter.chat(body),),
+        prompts=(await prompter.chat(body, size),),
         sampling=body.sampling(body.limit, prompter.vocabulary, body.wanted_logprobs),
         answers=body.answers,
         # Where the parsers work they constrain the answer, too.
@@ -126,7 +129,7 @@ async def _chat_ask(body: ChatBody, route: Route, prompter: Prompter) -> Ask:
 async def _completion(services: Services, caller: Principal, raw: bytes) -> Call:
     body = parse(CompletionBody, raw)
     route, prompter = await _model(services, caller, body.model)
-    prompts = tuple([await prompter.text(prompt) for prompt in body.prompt])
+    prompts = tuple([await prompter.text(prompt, len(raw)) for prompt in body.prompt])
     repeated = body.logprobs if body.echo else None
     ask = Ask(
         prompts=prompts,
@@ -152,7 +155,7 @@ async def _responses(services: Services, caller: Principal, raw: bytes) -> Call:
     body = parse(ResponsesBody, raw)
     chat = body.as_chat()
     route, prompter = await _model(services, caller, body.model)
-    ask = await _chat_ask(chat, route, prompter)
+    ask = await _chat_ask(chat, route, prompter, len(raw))
     shape = ChatShape(1)
     return Call(
         services,
@@ -174,7 +177,7 @@ async def _embeddings(services: Services, caller: Principal, raw: bytes) -> Call
         raise InvalidRequest(
             f"{body.model} has vectors of one length; leave dimensions out", param="dimensions"
         )
-    prompts = tuple([await prompter.text(given, "input") for given in body.input])
+    prompts = tuple([await prompter.text(given, len(raw), "input") for given in body.input])
     vectors: dict[int, bytes] = {}
 
     def whole(admission: Admission, record: UsageRecord) -> dict[str, Any]:
@@ -252,9 +255,15 @@ async def _answer(
     raw = await request.body()
 
     async def make() -> Response:
-        began_s = time.perf_counter()
-        call = await read(services, caller, raw)
-        return await _generate(call, began_s, seen_of(request.scope))
+        began_s, now_s = time.perf_counter(), services.clock.monotonic()
+        seen = seen_of(request.scope)
+        try:
+            services.limits.check(caller.api_key_id, caller.policy, now_s)
+            call = await read(services, caller, raw)
+            return await _generate(call, began_s, seen)
+        except RateLimited:
+            seen.rate_limits = services.limits.headers(caller.api_key_id, caller.policy, now_s)
+            raise
 
     if "idempotency-key" in request.headers:
         return await services.idempotency.answer(request, caller, make)
@@ -262,97 +271,100 @@ async def _answer(
 
 
 async def _generate(call: Call, began_s: float, seen: Seen) -> Response:
-    services, caller, policy = call.services, call.caller, call.caller.policy
+    services, caller = call.services, call.caller
     seen.operation, seen.model, seen.stream = call.operation, call.route.model, call.stream
     seen.sampling, seen.answers = call.ask.sampling, call.ask.answers
+    _require_sane(call)
     limit = call.ask.sampling.max_tokens or pricing.FIRST_BLOCK_TOKENS
     expected = call.ask.input_tokens + limit * call.ask.count
     now_s = services.clock.monotonic()
-    try:
-        let = services.limits.enter(caller.api_key_id, policy, expected, now_s)
-    except RateLimited:
-        seen.rate_limits = services.limits.headers(caller.api_key_id, policy, now_s)
-        raise
-    used = 0
-    streaming = False
+    let = services.limits.enter(caller.api_key_id, caller.policy, expected, now_s)
     try:
         admission = await services.inference.admit(caller, call.route, call.ask)
-        seen.request_id = admission.request_id
-        services.metrics.admitted(time.perf_counter() - began_s)
-        stream = services.inference.stream(admission)
+    except BaseException:
+        services.limits.leave(let, 0, services.clock.monotonic())
+        raise
 
-        def done(record: UsageRecord | None, error: MarketError | None) -> None:
-            seen.record = record
-            if error is not None:
-                seen.error_code = error.code
-            tokens = expected if record is None else record.input_tokens + record.output_tokens
-            services.limits.leave(let, tokens, services.clock.monotonic())
+    def on_record(record: UsageRecord) -> None:
+        tokens = record.input_tokens + record.output_tokens
+        services.limits.leave(let, tokens, services.clock.monotonic())
 
-        headers = _headers(call, admission)
-        if not call.stream:
-            seen.record = record = await _collect(stream, call)
-            used = record.input_tokens + record.output_tokens
-            headers["x-market-cost"] = pricing.format_money(record.charge_pico)
-            body = encode(call.whole(admission, record))
-            return Response(body, media_type="application/json", headers=headers)
+    admission.on_record = on_record
+    seen.request_id, seen.admission = admission.request_id, admission
+    services.metrics.admitted(time.perf_counter() - began_s)
+    stream = services.inference.stream(admission)
+    if call.stream:
         # The first chunk decides whether this is an answer or an HTTP error.
         first = await anext(stream)
-        streaming = True
-        return EventStream(_events(first, stream, call.events(admission), done), headers)
-    except BaseException:
-        streaming = False
-        raise
-    finally:
-        if not streaming:
-            services.limits.leave(let, used, services.clock.monotonic())
+        headers = _headers(call, admission)
+        return EventStream(_events(first, stream, call.events(admission), seen), headers)
+    seen.record = record = await _collect(stream, call, admission)
+    headers = _headers(call, admission)
+    headers["x-market-cost"] = pricing.format_money(record.charge_pico)
+    body = encode(call.whole(admission, record))
+    return Response(body, media_type="application/json", headers=headers)
 
 
-async def _collect(stream: Stream, call: Call) -> UsageRecord:
+def _require_sane(call: Call) -> None:
+    """Raises InvalidRequest for a whole answer with more log probabilities than can be kept."""
+    sampling = call.ask.sampling
+    if call.stream or sampling.logprobs is None:
+        return
+    limit = sampling.max_tokens or call.route.max_context_tokens
+    if call.ask.count * limit * (sampling.logprobs + 1) > LOGPROBS_MAX:
+        raise InvalidRequest(
+            f"log probabilities of {call.ask.count} x {limit} tokens are too many for one answer; "
+            "lower max_tokens, n or top_logprobs, or set stream",
+            param="logprobs",
+        )
+
+
+async def _collect(stream: Stream, call: Call, admission: Admission) -> UsageRecord:
     """Keep all chunks; returns the safe record."""
     async with aclosing(stream):
         async for item in stream:
             if isinstance(item, UsageRecord):
                 return item
-            call.keep(item)
+            try:
+                call.keep(item)
+            except Exception:
+                admission.is_broken = True
+                raise
     raise MarketFault("the answer ended without a usage record")
 
 
 async def _events(
-    first: EngineChunk | UsageRecord,
-    stream: Stream,
-    writer: Writer,
-    done: Callable[[UsageRecord | None, MarketError | None], None],
+    first: EngineChunk | UsageRecord, stream: Stream, writer: Writer, seen: Seen
 ) -> AsyncGenerator[bytes, None]:
     """Chunks as server-sent events; the end comes only after the record is safe."""
-    item, record = first, None
-    failure: MarketError | None = None
-    try:
-        async with aclosing(stream):
-            written = writer.opening()
-            try:
-                while not isinstance(item, UsageRecord):
-                    written += writer.chunk(item)
-                    if written:
-                        yield written
-                    written = b""
-                    item = await anext(stream)
-            except MarketError as error:
-                failure = error
-                yield event(error.body())
-                return
-            except Exception:
-                logger.exception("a stream broke")
-                failure = MarketFault("internal error; you are not billed")
-                yield event(failure.body())
-                return
-            record = item
-            yield written + writer.ending(record)
-    finally:
-        done(record, failure)
+    item = first
+    async with aclosing(stream):
+        written = writer.opening()
+        try:
+            while not isinstance(item, UsageRecord):
+                written += writer.chunk(item)
+                if written:
+                    yield written
+                written = b""
+                item = await anext(stream)
+        except MarketError as error:
+            seen.error_code = error.code
+            yield event(error.body())
+            return
+        except Exception:
+            logger.exception("a stream broke")
+            seen.break_off()
+            fault = MarketFault("internal error; you are not billed")
+            seen.error_code = fault.code
+            yield event(fault.body())
+            return
+        seen.record = item
+        yield written + writer.ending(item)
 
 
 def _headers(call: Call, admission: Admission) -> dict[str, str]:
-    services, caller, route = call.services, call.caller, admission.route
+    services, caller = call.services, call.caller
+    route = admission.served_by or admission.route
     headers = {
         "x-request-id": admission.request_id,
         "x-market-lane": route.lane,

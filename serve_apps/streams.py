@@ -32,6 +32,9 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Re
         if working.done():
             return working.result()
         raise ClientGone
+    except asyncio.CancelledError:  # this gateway ends before the answer does
+        seen_of(request.scope).break_off()
+        raise
     finally:
         for task in (working, watching):
             task.cancel()
@@ -62,6 +65,9 @@ class EventStream(Response):
                 sending.result()
             else:
                 seen_of(scope).error_code = FinishReason.CLIENT_DISCONNECT
+        except asyncio.CancelledError:
+            seen_of(scope).break_off()
+            raise
         finally:
             sending.cancel()
             watching.cancel()

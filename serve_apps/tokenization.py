@@ -28,12 +28,14 @@ class Prompter:
             self._backend.no_truncation()
             self._backend.no_padding()
 
-    async def chat(self, body: ChatBody) -> tuple[int, ...]:
-        """The conversation through the chat template, ready for the assistant's turn."""
+    async def chat(self, body: ChatBody, size: int) -> tuple[int, ...]:
+        """The conversation through the chat template, ready for the assistant's turn.
+
+        ``size`` is that of the whole request: what is large is computed in a thread.
+        """
         from jinja2 import TemplateError
 
         messages = [message.for_template() for message in body.messages]
-        size = sum(len(message["content"]) for message in messages)
         options = dict(body.chat_template_kwargs or {})
         taken = _RESERVED & options.keys()
         if taken:
@@ -52,10 +54,12 @@ class Prompter:
             ) from None
         return tuple(ids)
 
-    async def text(self, prompt: str | list[int], param: str = "prompt") -> tuple[int, ...]:
+    async def text(
+        self, prompt: str | list[int], size: int, param: str = "prompt"
+    ) -> tuple[int, ...]:
         """A text's token ids, or token ids checked. Raises InvalidRequest for empty or unknown."""
         if isinstance(prompt, str):
-            ids: Sequence[int] = await _compute(len(prompt), self._encode, prompt, True)
+            ids: Sequence[int] = await _compute(size, self._encode, prompt, True)
         else:
             ids = prompt
         if not ids or not all(0 <= token_id < self.vocabulary for token_id in ids):

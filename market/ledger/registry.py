@@ -150,14 +150,18 @@ def find_key(connection: Connection, key_hash: str, now: datetime) -> Principal 
         policy=_decode(row.policy),
         weight=row.weight if row.role == Role.TENANT else 1,
         budgeted=connection.execute(budgets).first() is not None,
+        secret_until=None if current else row.previous_until,
     )
 
 
-def list_keys(connection: Connection, subject_id: str | None) -> list[dict[str, Any]]:
-    """Keys without their hashes, of one subject or of all."""
+def list_keys(connection: Connection, owner: tuple[Role, str] | None) -> list[dict[str, Any]]:
+    """Keys without their hashes, of one owner or of all: a provider may be named like a tenant."""
     query = select(tables.api_keys).order_by(tables.api_keys.c.created_at)
-    if subject_id is not None:
-        query = query.where(tables.api_keys.c.subject_id == subject_id)
+    if owner is not None:
+        role, subject_id = owner
+        query = query.where(
+            tables.api_keys.c.subject_id == subject_id, tables.api_keys.c.role == role
+        )
     return [
         {
             "api_key_id": row.api_key_id,

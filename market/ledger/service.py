@@ -56,6 +56,7 @@ from market.types import (
     Period,
     Principal,
     RateCard,
+    Role,
 )
 
 LOCK_PATIENCE_S = 5.0
@@ -191,9 +192,9 @@ class Ledger:
         found = await self._command(command)
         return found  # type: ignore[no-any-return]
 
-    async def keys(self, subject_id: str | None) -> list[dict[str, Any]]:
+    async def keys(self, owner: tuple[Role, str] | None) -> list[dict[str, Any]]:
         """Keys of one subject or all, without secrets."""
-        return list(await self._command(lambda c: registry.list_keys(c, subject_id)))
+        return list(await self._command(lambda c: registry.list_keys(c, owner)))
 
     async def key(self, api_key_id: str) -> Principal:
         """Whose key it is and what it may do, as it was set. Raises NotFound."""

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+from datetime import timedelta
 
 import httpx
 import pytest
@@ -56,10 +57,10 @@ class FakeKeys:
 class FakePrompter:
     vocabulary = 100
 
-    async def chat(self, body):
+    async def chat(self, body, size):
         return tuple(range(10))
 
-    async def text(self, prompt, param="prompt"):
+    async def text(self, prompt, size, param="prompt"):
         return tuple(range(10))
 
     def decode(self, token_ids):
@@ -240,9 +241,10 @@ async def hang_up(here, after_events, cancel=False):
         if message.get("body"):
             sent.append(message["body"])
             if len(sent) == after_events:
-                gone.set()
                 if cancel:
                     task.cancel()
+                else:
+                    gone.set()
                 await asyncio.Event().wait()  # a full socket: this send never ends
 
     task = asyncio.create_task(here.app(SCOPE, receive, send))
@@ -275,14 +277,43 @@ async def test_client_that_hangs_up_without_a_stream_aborts_the_engine_too():
     assert here.engine.aborted
 
 
-@pytest.mark.parametrize("cancel", [False, True])
-async def test_client_that_hangs_up_aborts_the_engine_and_pays_what_was_generated(cancel):
+async def test_client_that_hangs_up_aborts_the_engine_and_pays_what_was_generated():
     here = await gateway()
-    await asyncio.wait_for(hang_up(here, after_events=4, cancel=cancel), 5)
+    await asyncio.wait_for(hang_up(here, after_events=4), 5)
     record = await here.record()
     assert record.finish_reason is FinishReason.CLIENT_DISCONNECT
     assert record.output_tokens == 4
     assert here.engine.aborted
+
+
+async def test_gateway_that_ends_before_an_answer_does_charges_nothing():
+    here = await gateway()
+    await asyncio.wait_for(hang_up(here, after_events=4, cancel=True), 5)
+    record = await here.record()
+    assert record.finish_reason is FinishReason.MARKET_FAULT
+    assert (record.output_tokens, record.charge_pico) == (4, 0)
+    assert here.engine.aborted
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_answer_that_we_cannot_write_down_charges_nothing(stream, monkeypatch):
+    def broken(*_arguments):
+        raise ValueError("not writable")
+
+    monkeypatch.setattr("serve_apps.shapes.ChatShape.add", broken)
+    monkeypatch.setattr("serve_apps.shapes.ChatShape.pieces", broken)
+    here = await gateway()
+    answer = await here.http.post("/v1/chat/completions", json=CHAT | {"stream": stream})
+    assert "internal error" in answer.text
+    record = await here.record()
+    assert (record.finish_reason, record.charge_pico) == (FinishReason.MARKET_FAULT, 0)
+
+
+async def test_log_probabilities_that_no_whole_answer_can_hold_are_refused():
+    here = await gateway()
+    many = {"n": 128, "logprobs": True, "top_logprobs": 20, "max_tokens": 500}
+    answer = await here.http.post("/v1/chat/completions", json=CHAT | many)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "logprobs")
 
 
 class TestKeys:
@@ -317,6 +348,20 @@ class TestKeys:
         del KEYS["sk-old"]
         assert answer.status_code == 401
         assert "expired at 2026-11-01" in answer.json()["error"]["message"]
+
+    async def test_old_secret_ends_although_it_is_remembered_and_cannot_rotate(self):
+        here = await gateway()
+        until = here.clock.now() + timedelta(seconds=2)
+        KEYS["sk-before"] = dataclasses.replace(ACME, secret_until=until)
+        headers = {"authorization": "Bearer sk-before"}
+        good = await here.http.get("/v1/models", headers=headers)
+        url = f"/market/v1/keys/{ACME.api_key_id}/rotate"
+        rotating = await here.http.post(url, json={"overlap": "0"}, headers=headers)
+        here.clock.advance(2)
+        over = await here.http.get("/v1/models", headers=headers)
+        del KEYS["sk-before"]
+        assert [a.status_code for a in (good, rotating, over)] == [200, 403, 401]
+        assert "old secret" in rotating.json()["error"]["message"]
 
     async def test_that_may_only_read_cannot_ask(self):
         here = await gateway()

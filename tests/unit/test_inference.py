@@ -108,7 +108,44 @@ class TestBudget:
         assert caught.value.retry_after_s == 1
 
 
+class TestMarketTrouble:
+    async def test_money_that_cannot_be_asked_for_is_our_fault_not_the_tenants(self):
+        here = await market()
+        admission = await here.ask(max_tokens=900)
+
+        async def away(_ask):
+            raise Overloaded("the ledger does not answer")
+
+        here.grants.grant = away
+        with pytest.raises(Overloaded):
+            _ = [event async for event in here.inference.stream(admission)]
+        await here.inference.drain()
+        (record,) = here.ledger.records
+        assert (record.finish_reason, record.charge_pico) == (FinishReason.MARKET_FAULT, 0)
+
+    async def test_full_replica_is_left_for_another(self):
+        class Full(FakeEngine):
+            async def generate(self, request, credit=None):
+                if request.request_id.endswith("-1"):
+                    raise Overloaded("the replica's queue is full")
+                async for chunk in super().generate(request, credit):
+                    yield chunk
+
+        here = await market(Full())
+        *_, record = await here.answer()
+        assert record.output_tokens == 5
+
+
 class TestHangUp:
+    async def test_bills_no_prompt_that_was_not_begun(self):
+        here = await market()
+        admission = await here.ask(prompts=(PROMPT,) * 64)
+        async with aclosing(here.inference.stream(admission)) as events:
+            first = await anext(events)
+        record, _ = await here.settled()
+        assert record.finish_reason is FinishReason.CLIENT_DISCONNECT
+        assert record.input_tokens == len(PROMPT) * len({first.index})
+
     async def test_bills_what_was_generated_and_aborts_the_engine(self):
         here = await market()
         async with aclosing(here.inference.stream(await here.ask())) as events:

@@ -16,7 +16,7 @@ from market.types import (
     TokenCounts,
     TokenLogprob,
 )
-from serve_apps.frames import merge
+from serve_apps.frames import Abort, Open, merge
 from serve_apps.link import Link, LinkServer
 
 HOST = "127.0.0.1"
@@ -70,6 +70,16 @@ async def linked(engine):
     finally:
         await server.stop(0)
         await link.close()
+
+
+async def test_stream_aborted_in_the_frame_that_opened_it_leaves_nothing():
+    async with linked(Engine()) as (server, link):
+        writer = await link._connected()
+        for number in range(1, 51):
+            link._send(writer, Open(number, ask(number), 10, True))
+            link._send(writer, Abort(number))
+        link._send(writer, Open(99, ask(99), 10, True))
+        await until(lambda: server.streams == 0)
 
 
 def ask(number=0):
