@@ -104,5 +104,5 @@ def _arguments(text: str) -> Any:
     """Arguments as templates want them: the object, or the text if it is none."""
     try:
         return json.loads(text) if text else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return text

@@ -111,14 +111,16 @@ class GenerationBody(BaseModel):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: str | Annotated[list[str], Field(fail_fast=True, max_length=STOP_MAX)] | None = None
-    stop_token_ids: Annotated[list[int], Field(max_length=STOP_MAX)] | None = None
+    stop_token_ids: (
+        Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=STOP_MAX)] | None
+    ) = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     logit_bias: (
@@ -128,7 +130,7 @@ class GenerationBody(BaseModel):
         | None
     ) = None
     ignore_eos: bool = False
-    min_tokens: Annotated[int, Field(ge=0)] = 0
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
     n: Annotated[int, Field(ge=1, le=ANSWERS_MAX)] | None = None
     service_tier: str | None = None
     response_format: ResponseFormat | None = None
