@@ -310,7 +310,7 @@ def measure(
                 stack.signal(signal.SIGCONT)
                 time.sleep(0.5)
                 run(stack, case, case.concurrency + 1, 8, Result())
-                count = max(48 if case.stream else 16, 4 * case.concurrency)
+                count = max(24 if case.stream else 16, 4 * case.concurrency)
                 run(stack, case, count, max_tokens, results[case][stack.name])
                 stack.signal(signal.SIGSTOP)
             kind = "streamed" if case.stream else "whole"

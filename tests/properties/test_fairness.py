@@ -212,7 +212,7 @@ def test_who_asks_for_half_of_its_share_hardly_ever_waits(seed):
     rate = 0.5 * weights["modest"] / sum(weights.values()) * places / tokens
     asked, late, due, steps = 0, 0, 0.0, 3000
     for step in range(steps):
-        for name in weights.keys() - {"modest"}:
+        for name in sorted(weights.keys() - {"modest"}):
             while pool.waits(name) < 3:
                 pool.add(name, tokens=(20, rng.randint(1, 2 * tokens - 1)))
         while due <= step:
@@ -222,7 +222,7 @@ def test_who_asks_for_half_of_its_share_hardly_ever_waits(seed):
         pool.step()
         late += pool.waits("modest") > 0
     assert asked > 50
-    assert late <= 0.01 * steps
+    assert late <= 0.02 * steps
 
 
 @settings(max_examples=200, deadline=None)
