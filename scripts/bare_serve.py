@@ -58,7 +58,7 @@ class Bare:
     async def chat(self, request: Request) -> Response:
         """One answer."""
         body = parse(ChatBody, await request.body())
-        prompt = await self._prompter.chat(body)
+        prompt = await self._prompter.chat(body, 0)
         sampling = Sampling(body.max_tokens or 16, ignore_eos=body.ignore_eos)
         asked = EngineRequest(f"req-{next(self._numbers)}", prompt, sampling, "nobody")
         head = {"id": asked.request_id, "created": 1, "model": body.model}

@@ -349,7 +349,7 @@ def report(engine: str, results: dict[Case, dict[str, Result]]) -> list[dict[str
             rows.append({"engine": engine, "stack": name, **vars(case), **values})
         ours = figures.get("market")
         for name, values in figures.items():
-            if ours is None or name == "market":
+            if ours is None or name == "market" or not values["tokens_per_s"]:
                 continue
             added = ours["ttft_p50_ms"] - values["ttft_p50_ms"]
             ratio = ours["tokens_per_s"] / values["tokens_per_s"]

@@ -112,6 +112,8 @@ class LiveRoutes:
                 self._spawn(self._preload(route))
         gone = [route for route in table.ready if route.app_name not in engines]
         self._engines = engines
+        for link in engines.values():
+            link.connect()  # whoever could not be reached is tried again, though others serve
         self._table = RouteTable(
             ready=tuple(route for route in table.ready if route.app_name in engines),
             starting=(
