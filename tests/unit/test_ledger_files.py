@@ -317,7 +317,7 @@ class TestKeys:
             assert await ledger.find_key("hash") == key
             await ledger.revoke_key("key-1")
             assert await ledger.find_key("hash") is None
-            (row,) = await ledger.keys("acme")
+            (row,) = await ledger.keys((Role.TENANT, "acme"))
             assert row["revoked_at"] is not None
             assert "hash" not in row.values()
 
