@@ -14,7 +14,7 @@ way), plus what was served between two merges.
 import heapq
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 INPUT_WORK = 1.0
@@ -85,22 +85,30 @@ class VirtualCounters:
         """Who of these has the smallest counter; by name where they are equal."""
         return min(tenants, key=lambda name: (self.get(name), name), default=None)
 
-    def ahead(self, tenant: str) -> float:
-        """How much more it was given than its share since it came, less what it had not used.
+    def first_below_share(self, tenants: Iterable[str]) -> str | None:
+        """Who of these is furthest below its share, if any is.
 
-        Negative: it is below its share. At least ``-BURST_WORK`` below those that wait.
+        So far is a tenant that it would have its smallest counter of all were it not for what it
+        was lifted by, at most ``BURST_WORK``.
         """
-        return self.get(tenant) - self._lifted.get(tenant, 0.0) - self._floor()
+
+        def unlifted(tenant: str) -> float:
+            return self.get(tenant) - self._lifted.get(tenant, 0.0)
+
+        found = min(tenants, key=lambda name: (unlifted(name), name), default=None)
+        return found if found is not None and unlifted(found) < self._floor() else None
 
     def snapshot(self) -> dict[str, float]:
         """All counters."""
         return dict(self._counters)
 
-    def forget(self, tenants: Iterable[str]) -> None:
-        """Drop tenants that have been away for long; coming back they are lifted like new ones."""
-        for tenant in tenants:
-            if tenant not in self._active and tenant != self._last_left:
-                self._counters.pop(tenant, None)
+    def forget(self, keep: Collection[str]) -> None:
+        """Drop tenants so far behind that they will be lifted just as new ones are."""
+        floor = self._floor()
+        for tenant, counter in list(self._counters.items()):
+            away = tenant not in self._active and tenant != self._last_left and tenant not in keep
+            if away and counter + BURST_WORK <= floor:
+                del self._counters[tenant]
                 self._lifted.pop(tenant, None)
 
     def _floor(self) -> float:
@@ -113,7 +121,6 @@ class VirtualCounters:
 class _Lane:
     """One tenant at one pool."""
 
-    weight: int = 1
     waiting: "OrderedDict[str, float]" = field(default_factory=OrderedDict)
     running: int = 0
     capped: bool = False
@@ -134,7 +141,11 @@ class FairQueue:
         self._running: dict[str, str] = {}
         self._waiting = 0
         self.counters = VirtualCounters()
+        # Of tenants that have something here, or had until lately: work given, and their weights.
         self.service: dict[str, float] = {}
+        self._weights: dict[str, int] = {}
+        # The service that the scheduler has counted, as of its last answer.
+        self.known_service: Mapping[str, float] = {}
 
     @property
     def running(self) -> int:
@@ -152,8 +163,8 @@ class FairQueue:
         return len(lane.waiting) if lane is not None else 0
 
     def weights(self) -> dict[str, int]:
-        """Weights of the tenants that have something here."""
-        return {tenant: lane.weight for tenant, lane in self._lanes.items()}
+        """Weights of the tenants that have something here, or had until the last reports."""
+        return dict(self._weights)
 
     def is_full(self, tenant: str) -> bool:
         """Whether another request of this tenant would be one too many.
@@ -169,7 +180,7 @@ class FairQueue:
     def add(self, request_id: str, tenant: str, weight: int, work: float) -> None:
         """A request waits; ``work`` is that of its prompt."""
         lane = self._lanes.setdefault(tenant, _Lane())
-        lane.weight = weight
+        self._weights[tenant] = weight
         lane.waiting[request_id] = work
         self._waiting += 1
         if not lane.capped:
@@ -180,7 +191,9 @@ class FairQueue:
         if len(self._running) < self.places:
             tenant = self.counters.first(self.counters.active)
         elif len(self._running) < self.places + spare(self.places):
-            tenant = self._first_below_share()
+            waits = self.counters.active
+            single = [name for name in waits if len(self._lanes[name].waiting) == 1]
+            tenant = self.counters.first_below_share(single)
         else:
             tenant = None
         if tenant is None:
@@ -230,15 +243,19 @@ class FairQueue:
             self.counters.enter(tenant)
         self._tidy(tenant)
 
-    def _first_below_share(self) -> str | None:
-        """Of the tenants with a single request waiting, the one furthest below its share."""
-        single = [name for name in self.counters.active if len(self._lanes[name].waiting) == 1]
-        found = min(single, key=lambda name: (self.counters.ahead(name), name), default=None)
-        return found if found is not None and self.counters.ahead(found) < 0 else None
+    def forget_gone(self) -> None:
+        """Drop tenants that have nothing here any more and whose service is known.
+
+        To be called before a report, which then says that they begin again at 0.
+        """
+        for tenant in self._weights.keys() - self._lanes.keys():
+            if self.service.get(tenant, 0.0) == self.known_service.get(tenant, 0.0):
+                del self._weights[tenant]
+                self.service.pop(tenant, None)
+        self.counters.forget(self._weights.keys())
 
     def _serve(self, tenant: str, work: float) -> None:
-        lane = self._lanes[tenant]
-        self.counters.charge(tenant, work, lane.weight)
+        self.counters.charge(tenant, work, self._weights[tenant])
         self.service[tenant] = self.service.get(tenant, 0.0) + work
 
     def _tidy(self, tenant: str) -> None:
@@ -254,7 +271,8 @@ class FairQueue:
 class PoolReport:
     """What a gateway says of a pool: work given since it started, who waits, how many run.
 
-    ``counters`` are those it last knew: after a restart the scheduler learns them from here.
+    ``weights`` has everybody with ``service``. ``counters`` are those it last knew: after a restart
+    the scheduler learns them from here.
     """
 
     running: int
@@ -293,15 +311,17 @@ class PoolLedger:
                 self.counters.set(tenant, counter)
         for tenant, work in report.service.items():
             before = 0.0 if known is None else known.service.get(tenant, 0.0)
-            if known is not None and work > before:
+            fresh = work - before if work >= before else work  # else it began again
+            if known is not None and fresh > 0:
                 self.counters.enter(tenant)  # it waited, if for a moment
-                self.counters.charge(tenant, work - before, report.weights.get(tenant, 1))
+                self.counters.charge(tenant, fresh, report.weights[tenant])
         self._reports[gateway] = report
         backlogged = set().union(*(r.backlogged for r in self._reports.values()))
         for tenant in backlogged - self.counters.active:
             self.counters.enter(tenant)
         for tenant in self.counters.active - backlogged:
             self.counters.leave(tenant)
+        self.counters.forget(set().union(*(r.weights for r in self._reports.values())))
 
     def service_of(self, gateway: str) -> Mapping[str, float] | None:
         """Work that a gateway has reported; None if it is new."""
@@ -337,6 +357,7 @@ def merge(queue: FairQueue, share: PoolShare) -> None:
     for tenant, counter in share.counters.items():
         since = queue.service.get(tenant, 0.0) - share.service.get(tenant, 0.0)
         queue.counters.set(tenant, counter + since / weights.get(tenant, 1))
+    queue.known_service = share.service
 
 
 def deal(places: int, demands: Mapping[str, int]) -> dict[str, int]:

@@ -140,6 +140,7 @@ class Queues:
             idle = not pool.queue.running and not pool.queue.waiting
             if idle and now_s - pool.used_s > IDLE_POOL_S:
                 del self._pools[name]
+            pool.queue.forget_gone()
         return {
             name: PoolReport(
                 running=pool.queue.running,

@@ -69,6 +69,7 @@ class Pool:
 
     def sync(self):
         for number, queue in enumerate(self.queues):
+            queue.forget_gone()
             report = PoolReport(
                 running=queue.running,
                 waiting=queue.waiting,
@@ -223,6 +224,35 @@ def test_who_asks_for_half_of_its_share_hardly_ever_waits(seed):
         late += pool.waits("modest") > 0
     assert asked > 50
     assert late <= 0.02 * steps
+
+
+def test_service_counts_by_weight_though_its_tenant_is_gone_when_it_is_reported():
+    pool = Pool(random.Random(1), {"heavy": 4, "light": 1}, places=4, gateways=2)
+    for tenant in ("heavy", "light"):
+        pool.add(tenant, tokens=(40, 1))
+    pool.step()
+    pool.step()
+    pool.sync()
+    counters = pool.ledger.counters
+    assert counters.get("light") == 42
+    assert counters.get("heavy") == 42 / 4
+
+
+def test_tenants_that_came_once_are_forgotten_and_nobody_else_is():
+    weights = {"steady": 1} | {f"once{n}": 1 for n in range(400)}
+    pool = Pool(random.Random(2), weights, places=4, gateways=2, every=5)
+    for n in range(400):
+        while pool.waits("steady") < 2:
+            pool.add("steady", tokens=(100, 20))
+        pool.add(f"once{n}", gateway=n % 2, tokens=(10, 3))
+        for _ in range(4):
+            pool.step()
+    pool.sync()
+    pool.sync()
+    for counters in (pool.ledger.counters, *(queue.counters for queue in pool.queues)):
+        assert "steady" in counters.snapshot()
+        assert len(counters.snapshot()) < 150  # those not yet so far behind
+    assert all(len(queue.service) < 20 for queue in pool.queues)
 
 
 @settings(max_examples=200, deadline=None)
