@@ -19,6 +19,7 @@ from pathlib import Path
 import ray
 import uvicorn
 from ray import serve
+from starlette.types import ASGIApp
 
 from market import services
 from market.clock import SystemClock
@@ -113,23 +114,7 @@ class Gateway:
             self._sweep_forever(),
         )
         self._loops = [asyncio.create_task(loop) for loop in loops]
-        self._server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                lifespan="off",
-                access_log=False,
-                log_config=None,
-                server_header=False,
-                backlog=BACKLOG,
-                timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=DRAIN_S - CLOSE_S,
-            )
-        )
-        listener = listen(config.http_host, config.http_port)
-        # What lives now lives for ever: the collector need not look at it again and again.
-        gc.collect()
-        gc.freeze()
-        self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
+        self._server, self._serving = listen_with(app, config)
 
     async def _exchange(self) -> RouteTable:
         """Tell the scheduler of us; take over what it says."""
@@ -200,6 +185,27 @@ class Slot:
     def close(self) -> None:
         """Let another have it."""
         os.close(self._file)
+
+
+def listen_with(app: ASGIApp, config: Config) -> tuple[uvicorn.Server, "asyncio.Task[None]"]:
+    """Serve the application on the market's port from now on."""
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=DRAIN_S - CLOSE_S,
+        )
+    )
+    listener = listen(config.http_host, config.http_port)
+    # What lives now lives for ever: the collector need not look at it again and again.
+    gc.collect()
+    gc.freeze()
+    return server, asyncio.create_task(server.serve(sockets=[listener]))
 
 
 def listen(host: str, port: int) -> socket.socket:
