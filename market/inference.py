@@ -286,15 +286,15 @@ class Inference:
             grammar=ask.grammar,
             chat=ask.chat,
             embeds=ask.embeds,
+            stream=ask.stream,
         )
         paid, begun = admission.reservation, False
         for attempt in range(1, DISPATCHES_MAX + 1):
             meter.dispatched_s = self._clock.monotonic()
             if attempt == 1:
-                meter.route = self._routes.least_busy(meter.route)
+                admission.route = self._routes.least_busy(admission.route)
             else:
-                meter.route = await self._routes.another(meter.route)
-            admission.served_by = meter.route
+                admission.route = await self._routes.another(admission.route)
             # Another id on the second try: a half-dead replica may still know the first.
             name = f"{request.request_id}-{index}-{attempt}"
             tried = msgspec.structs.replace(request, request_id=name)
@@ -302,7 +302,7 @@ class Inference:
             if index not in running.credits:
                 running.credits[index] = Credit(min(tokens, limit), final=tokens >= limit)
             try:
-                engine = self._routes.engine(meter.route)
+                engine = self._routes.engine(admission.route)
                 async with aclosing(engine.generate(tried, running.credits[index])) as chunks:
                     async for chunk in chunks:
                         begun = begun or bool(chunk.token_ids)

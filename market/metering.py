@@ -37,6 +37,7 @@ class Ask:
     grammar: Grammar | None = None
     chat: bytes | None = None
     embeds: bool = False
+    stream: bool = True
     attrs: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -52,10 +53,11 @@ class Ask:
 
 @dataclass(slots=True)
 class Admission:
-    """A request that may be served: its place, its price and the money reserved for it.
+    """A request that may be served: its replica, its price and the money reserved for it.
 
-    ``draft`` is its record if it is never finished; on a lease nothing is reserved. ``on_record``
-    is told the record, which every admitted request has in the end.
+    ``route`` is the replica that was asked last. ``draft`` is its record if it is never finished;
+    on a lease nothing is reserved. ``on_record`` is told the record, which every admitted request
+    has in the end.
     """
 
     request_id: str
@@ -72,7 +74,6 @@ class Admission:
     limited_by_money: bool = False
     # Set when it is us, not the client, who break the answer off: then nothing is charged.
     is_broken: bool = False
-    served_by: Route | None = None
     on_record: Callable[[UsageRecord], None] | None = None
 
 
@@ -80,7 +81,6 @@ class Meter:
     """Counts what the gateway received from the engine: the basis of the bill."""
 
     def __init__(self, admission: Admission) -> None:
-        self.route = admission.route
         self._ask = admission.ask
         self._arrived_s = admission.arrived_s
         self._cached = [0] * len(admission.ask.prompts)
@@ -166,10 +166,10 @@ def make_record(
 ) -> UsageRecord:
     """The usage record of a request that has ended."""
     gone = outcome is FinishReason.CLIENT_DISCONNECT
-    counts, route = meter.begun if gone else meter.counts, meter.route
+    counts, route = meter.begun if gone else meter.counts, admission.route
     return msgspec.structs.replace(
         admission.draft,
-        # After a retry: where it really ran, which another provider may own.
+        # Where it really ran, which another provider may own than that of the draft.
         deployment_id=route.deployment_id,
         provider_id=route.provider_id,
         node_id=route.node_id,
@@ -180,7 +180,7 @@ def make_record(
         input_tokens=counts.input_tokens,
         cached_input_tokens=counts.cached_input_tokens,
         output_tokens=counts.output_tokens,
-        charge_pico=pricing.charge(counts, admission.card, outcome, admission.route.lane),
+        charge_pico=pricing.charge(counts, admission.card, outcome, route.lane),
         finish_reason=outcome,
         usage_quality=UsageQuality.ENGINE,
         claimed_output_tokens=meter.claimed_output_tokens,

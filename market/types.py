@@ -197,7 +197,8 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
     """What an engine is asked: token ids in, so that gateway and engine count the same.
 
     ``chat``, if there is one, is the chat request as JSON: the engine then turns its text into
-    tool calls and reasoning by the model's own parsers. With ``embeds`` a vector is wanted.
+    tool calls and reasoning by the model's own parsers. With ``embeds`` a vector is wanted. Without
+    ``stream`` nobody reads the answer before its end.
     """
 
     request_id: str
@@ -207,6 +208,7 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
     grammar: Grammar | None = None
     chat: bytes | None = None
     embeds: bool = False
+    stream: bool = True
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -8,6 +8,7 @@ streams. Frames are a length and msgpack.
 What a gateway has not taken yet is not sent: at most ``WINDOW`` frames are under way, and what
 comes meanwhile is merged. So chunks stay single tokens while there is time and grow under load,
 and a slow gateway needs no memory here.
+Answers that nobody reads before their end come in blocks.
 """
 
 import asyncio
@@ -44,6 +45,7 @@ from serve_apps.frames import (
 logger = logging.getLogger(__name__)
 
 WINDOW = 2
+WHOLE_BLOCK_TOKENS = 32
 SECRET_MAX_BYTES = 256
 CONNECT_TIMEOUT_S = 5.0
 # How long to look for a replica that is not there: a lost one is started again meanwhile.
@@ -154,13 +156,19 @@ class _Peer:
         await asyncio.gather(*running, return_exceptions=True)
 
     async def _run(self, stream: int, request: EngineRequest, credit: Credit) -> None:
-        failure = None
+        failure, begun = None, False
+        held: list[EngineChunk] = []
         try:
             chunks = self._generate(request, credit)
             async with contextlib.aclosing(chunks):
                 async for chunk in chunks:
-                    self._waiting.setdefault(stream, []).append(chunk)
-                    self._news.set()
+                    held.append(chunk)
+                    # What nobody reads before its end comes in blocks; the first token at once, for
+                    # it shows that the prompt was prefilled, and what waits for credit.
+                    tokens = sum(len(h.token_ids) for h in held)
+                    if request.stream or not begun or chunk.wants or tokens >= WHOLE_BLOCK_TOKENS:
+                        begun = begun or tokens > 0
+                        self._pass_on(stream, held)
         except MarketError as error:
             failure = failure_of(error)
         except Exception as error:
@@ -168,7 +176,13 @@ class _Peer:
             failure = failure_of(
                 EngineFailed(f"the engine failed: {type(error).__name__}: {error}")
             )
+        self._pass_on(stream, held)
         self._ended.append(Piece(stream, None, failure))
+
+    def _pass_on(self, stream: int, held: list[EngineChunk]) -> None:
+        if held:
+            self._waiting.setdefault(stream, []).extend(held)
+            held.clear()
         self._news.set()
 
     def _forget(self, stream: int) -> None:

@@ -117,6 +117,7 @@ async def _chat(services: Services, caller: Principal, raw: bytes) -> Call:
 async def _chat_ask(body: ChatBody, route: Route, prompter: Prompter, size: int) -> Ask:
     parsing = body.parsing(bool(route.reasoning_parser))
     return Ask(
+        stream=bool(body.stream),
         prompts=(await prompter.chat(body, size),),
         sampling=body.sampling(body.limit, prompter.vocabulary, body.wanted_logprobs),
         answers=body.answers,
@@ -132,6 +133,7 @@ async def _completion(services: Services, caller: Principal, raw: bytes) -> Call
     prompts = tuple([await prompter.text(prompt, len(raw)) for prompt in body.prompt])
     repeated = body.logprobs if body.echo else None
     ask = Ask(
+        stream=bool(body.stream),
         prompts=prompts,
         sampling=body.sampling(body.limit, prompter.vocabulary, body.logprobs, repeated),
         answers=body.answers,
@@ -192,7 +194,7 @@ async def _embeddings(services: Services, caller: Principal, raw: bytes) -> Call
         if chunk.embedding is not None:
             vectors[chunk.index] = chunk.embedding
 
-    ask = Ask(prompts, Sampling(1), embeds=True)
+    ask = Ask(prompts, Sampling(1), embeds=True, stream=False)
     return Call(services, caller, route, ask, "embeddings", False, whole, _no_events, keep)
 
 
@@ -274,7 +276,7 @@ async def _generate(call: Call, began_s: float, seen: Seen) -> Response:
     services, caller = call.services, call.caller
     seen.operation, seen.model, seen.stream = call.operation, call.route.model, call.stream
     seen.sampling, seen.answers = call.ask.sampling, call.ask.answers
-    _require_sane(call)
+    _check_logprobs(call)
     limit = call.ask.sampling.max_tokens or pricing.FIRST_BLOCK_TOKENS
     expected = call.ask.input_tokens + limit * call.ask.count
     now_s = services.clock.monotonic()
@@ -305,7 +307,7 @@ async def _generate(call: Call, began_s: float, seen: Seen) -> Response:
     return Response(body, media_type="application/json", headers=headers)
 
 
-def _require_sane(call: Call) -> None:
+def _check_logprobs(call: Call) -> None:
     """Raises InvalidRequest for a whole answer with more log probabilities than can be kept."""
     sampling = call.ask.sampling
     if call.stream or sampling.logprobs is None:
@@ -363,8 +365,7 @@ async def _events(
 
 
 def _headers(call: Call, admission: Admission) -> dict[str, str]:
-    services, caller = call.services, call.caller
-    route = admission.served_by or admission.route
+    services, caller, route = call.services, call.caller, admission.route
     headers = {
         "x-request-id": admission.request_id,
         "x-market-lane": route.lane,

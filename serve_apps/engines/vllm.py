@@ -220,7 +220,8 @@ class ParsedChat:
             ]
         if (called and asked == "auto") or (asked == "required" and finish is FinishReason.STOP):
             finish = FinishReason.TOOL_CALLS
-        return (json.dumps(message).encode(),), finish
+        # Half a surrogate pair, which a model may write, is no UTF-8.
+        return (json.dumps(message, ensure_ascii=False).encode(errors="replace"),), finish
 
 
 def to_vllm(sampling: Sampling, grammar: Grammar | None = None, chat: Any = None) -> Any:

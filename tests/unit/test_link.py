@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 
+import msgspec
 import pytest
 
 from market.credit import Credit, within
@@ -17,7 +18,7 @@ from market.types import (
     TokenLogprob,
 )
 from serve_apps.frames import Abort, Open, merge
-from serve_apps.link import Link, LinkServer
+from serve_apps.link import WHOLE_BLOCK_TOKENS, Link, LinkServer
 
 HOST = "127.0.0.1"
 
@@ -70,6 +71,27 @@ async def linked(engine):
     finally:
         await server.stop(0)
         await link.close()
+
+
+async def test_answer_that_is_not_streamed_comes_in_blocks_after_its_first_token():
+    async with linked(Engine(tokens=100)) as (_, link):
+        request = msgspec.structs.replace(ask(), stream=False)
+        chunks = [chunk async for chunk in link.generate(request, Credit(10**6, final=True))]
+    assert [token for chunk in chunks for token in chunk.token_ids] == list(range(100))
+    assert len(chunks[0].token_ids) == 1
+    assert len(chunks) <= 1 + -(-99 // WHOLE_BLOCK_TOKENS)
+    assert chunks[-1].finish_reason is FinishReason.STOP
+
+
+async def test_answer_that_is_not_streamed_waits_for_credit_like_others():
+    async with linked(Engine(tokens=100)) as (_, link):
+        request, credit = msgspec.structs.replace(ask(), stream=False), Credit(10)
+        got = 0
+        async for chunk in link.generate(request, credit):
+            got += len(chunk.token_ids)
+            if got >= credit.tokens or chunk.wants:
+                credit.extend(credit.tokens + 10, final=False)
+        assert got == 100
 
 
 async def test_stream_aborted_in_the_frame_that_opened_it_leaves_nothing():
