@@ -2,8 +2,8 @@
 
 A file of slots mapped into memory, one per request: what is written there costs no system call, and
 the kernel keeps it when the process is killed. Whoever sweeps afterwards gives each request that
-was not finished its record: charge 0, ``recovered``. The file is locked by its owner; unlocked it
-is an orphan.
+was not finished its record: charge 0, ``recovered``. The file is locked by its owner from before its
+first record to after its last one; unlocked it is an orphan, and so is the epoch's spool.
 
 Layout: [magic 8][next sequence number u64], then slots of [length u32][crc32 u32][msgpack record].
 """
@@ -31,14 +31,19 @@ _decode = msgspec.msgpack.Decoder(UsageRecord).decode
 SUFFIX = ".inflight"
 
 
+def table_path(folder: Path, producer: str, epoch: int) -> Path:
+    """Where an epoch's table lies while the epoch is not over."""
+    return folder / f"{producer}.{epoch}{SUFFIX}"
+
+
 class InflightTable:
     """The slots of one producer and epoch; not safe for concurrent use."""
 
     def __init__(self, folder: Path, producer: str, epoch: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"{producer}.{epoch}{SUFFIX}"
+        self.path = table_path(folder, producer, epoch)
         fresh = self.path.with_suffix(".new")
-        # Locked before it has its name, as a spool's segment is.
+        # Locked before it has its name: unlocked, another process would take it for an orphan.
         self._file = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         fcntl.flock(self._file, fcntl.LOCK_EX)
         self._free: list[int] = []
@@ -133,6 +138,8 @@ def unfinished(folder: Path) -> list[Unfinished]:
             continue  # another process on this machine has seen to it
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(descriptor).st_nlink:
+                continue  # its owner has just ended in good order
             next_seq, records = _read(path.read_bytes())
             found.append(Unfinished(producer, int(epoch), next_seq, records, path))
         except BlockingIOError:

@@ -101,8 +101,8 @@ class Producer:
             await self.flush()
             self._sender.cancel()
             await asyncio.gather(self._sender, return_exceptions=True)
-            self._inflight.close(keep=bool(self._waiting) or self._inflight.used)
             self._spool.close()
+            self._inflight.close(keep=bool(self._waiting) or self._inflight.used)
 
     def check(self) -> None:
         """Raises MarketFault if records can no longer be sent: this process must be replaced."""
@@ -276,10 +276,13 @@ async def sweep(ledger: UsageLedger, folder: Path, name: str | None) -> None:
     Records that come too late (their epoch was fenced before) are put aside: their holds have
     ended.
     """
+    # Who is dead is decided once, before the spools are read: one that dies between the two looks
+    # would get its unfinished requests booked and its finished ones fenced off.
+    tables = unfinished(folder)
     sent: list[Path] = []
     swept = set()
     recorded: dict[tuple[str, int], set[str | None]] = {}
-    for orphan in orphans(folder):
+    for orphan in orphans(folder, {(table.producer, table.epoch) for table in tables}):
         try:
             await _send_orphan(ledger, orphan)
         except MarketError as error:
@@ -290,13 +293,14 @@ async def sweep(ledger: UsageLedger, folder: Path, name: str | None) -> None:
         names = recorded.setdefault((orphan.producer, orphan.epoch), set())
         names.update(record.request_id for record in orphan.records)
         sent.append(orphan.path)
-        swept.add(orphan.producer)
-    tables = unfinished(folder)
+        if orphan.records:
+            swept.add(orphan.producer)
     for table in tables:
         known = recorded.get((table.producer, table.epoch), set())
-        await _recover(ledger, table, [r for r in table.records if r.request_id not in known])
+        lost = [record for record in table.records if record.request_id not in known]
+        if await _recover(ledger, table, lost):
+            swept.add(table.producer)
         crash.reach("recovered")
-        swept.add(table.producer)
     # Tables first: only with the records of its spool is it known which requests were finished.
     for path in [*(table.path for table in tables), *sent]:
         path.unlink(missing_ok=True)
@@ -312,14 +316,15 @@ async def _send_orphan(ledger: UsageLedger, orphan: Orphan) -> None:
         await send(ledger, identity, orphan.first_seq + start, part)
 
 
-async def _recover(ledger: UsageLedger, table: Unfinished, records: Sequence[UsageRecord]) -> None:
+async def _recover(ledger: UsageLedger, table: Unfinished, records: Sequence[UsageRecord]) -> bool:
     """Give unfinished requests their records, after all that their process wrote.
 
-    Always under the same numbers, so that a sweep that is killed can be done again.
+    Always under the same numbers, so that a sweep that is killed can be done again. False if the
+    epoch was fenced before: what it held has returned, and a living one may have taken its place.
     """
     epoch, next_seq = await ledger.producer_mark(table.producer)
     if epoch != table.epoch:
-        return  # fenced before: what it held has returned
+        return False
     if next_seq < table.next_seq:
         logger.error("records of %s were lost before they were sent", table.path.name)
     try:
@@ -327,6 +332,7 @@ async def _recover(ledger: UsageLedger, table: Unfinished, records: Sequence[Usa
         await send(ledger, (table.producer, table.epoch), first_seq, records)
     except MarketError as error:
         logger.error("%s was not recovered: %s", table.path.name, error)
+    return True
 
 
 async def send(

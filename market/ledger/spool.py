@@ -3,21 +3,22 @@
 One file per epoch and stretch of records, ``<producer>.<epoch>.<first seq>.spool``: records one
 after the other as [length u32][crc32 u32][msgpack]. A record is in the file before anybody is told
 that it was recorded, so it survives the death of its process; whoever starts next on this machine
-sends it under its old identity. Files are locked by their writer and deleted when all of their
-records are booked.
+sends it under its old identity. Whether its process lives is said by the epoch's table of requests
+under way alone (inflight.py): two signs could contradict each other. Files are deleted when all of
+their records are booked.
 """
 
-import fcntl
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from market.errors import InvalidRequest
+from market.ledger.inflight import table_path
 from market.types import UsageRecord
 
 SEGMENT_BYTES = 8 * 2**20
@@ -79,12 +80,7 @@ class Spool:
         name = f"{self._producer}.{self._epoch}.{self.next_seq}.spool"
         path = self._folder / name
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
-        # Locked before it has its name: one that another process sees unlocked is an orphan, and
-        # its producer is fenced.
-        fresh = path.with_suffix(".new")
-        descriptor = os.open(fresh, flags, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        fresh.rename(path)
+        descriptor = os.open(path, flags, 0o600)
         self._segments.append((self.next_seq, path, descriptor))
         self._size = 0
 
@@ -105,25 +101,16 @@ class Orphan:
     path: Path
 
 
-def orphans(folder: Path) -> Iterator[Orphan]:
-    """Segments that no living process writes, in order. Each stays locked until the next.
+def orphans(folder: Path, dead: Container[tuple[str, int]]) -> Iterator[Orphan]:
+    """Segments of dead processes, in order: ``dead`` are the (producer, epoch) of free tables.
 
-    A torn end was never acknowledged to anybody and is left out.
+    A segment without a table is one whose sweep was killed. A torn end was never acknowledged to
+    anybody and is left out.
     """
     for path in sorted(folder.glob("*.spool"), key=_order):
-        producer, epoch, first_seq, _ = path.name.rsplit(".", 3)
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            continue  # another process on this machine has swept it
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            records = tuple(_read(path.read_bytes()))
-            yield Orphan(producer, int(epoch), int(first_seq), records, path)
-        except BlockingIOError:
-            continue
-        finally:
-            os.close(descriptor)
+        producer, epoch, first_seq = _order(path)
+        if (producer, epoch) in dead or not table_path(folder, producer, epoch).exists():
+            yield Orphan(producer, epoch, first_seq, tuple(_read(path.read_bytes())), path)
 
 
 def _order(path: Path) -> tuple[str, int, int]:

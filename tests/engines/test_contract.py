@@ -140,6 +140,11 @@ class TestAbort:
         assert [len(tokens(chunks)) for chunks in answers] == [10] * 32
 
 
+LIKELIEST = pytest.mark.parametrize(
+    "cut", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}], ids=["top_k", "top_p", "min_p"]
+)
+
+
 class TestSampling:
     async def test_zero_temperature_is_deterministic(self, real):
         first, second = [tokens(await run(real, ask(20))) for _ in range(2)]
@@ -156,17 +161,15 @@ class TestSampling:
         a, b = [tokens(await run(real, ask(30, temperature=1.0))) for _ in range(2)]
         assert a != b
 
-    async def test_top_k_one_is_greedy(self, real):
-        greedy = tokens(await run(real, ask(10)))
-        assert tokens(await run(real, ask(10, temperature=1.0, top_k=1))) == greedy
-
-    async def test_tiny_top_p_is_greedy(self, transformers):
+    @LIKELIEST
+    async def test_cut_to_the_likeliest_is_greedy(self, transformers, cut):
         greedy = tokens(await run(transformers, ask(10)))
-        assert tokens(await run(transformers, ask(10, temperature=1.0, top_p=1e-6))) == greedy
+        assert tokens(await run(transformers, ask(10, temperature=1.0, **cut))) == greedy
 
-    async def test_tiny_top_p_takes_the_likeliest(self, vllm):
+    @LIKELIEST
+    async def test_cut_to_the_likeliest_takes_it(self, vllm, cut):
         """In bfloat16 several are the likeliest now and then, and greedy may take another."""
-        chunks = await run(vllm, ask(10, temperature=1.0, top_p=1e-6, logprobs=1))
+        chunks = await run(vllm, ask(10, temperature=1.0, logprobs=1, **cut))
         positions = [position for chunk in chunks for position in chunk.logprobs]
         assert len(positions) == 10
         for position in positions:
@@ -176,10 +179,6 @@ class TestSampling:
         extreme = {"temperature": 1e-4, "top_p": 1e-300, "min_p": 1.0, "repetition_penalty": 10.0}
         await run(real, ask(5, **extreme, logit_bias=((5, 100.0), (6, -100.0))))
         assert len(tokens(await run(real, ask(3)))) == 3
-
-    async def test_min_p_of_one_is_greedy(self, real):
-        greedy = tokens(await run(real, ask(10)))
-        assert tokens(await run(real, ask(10, temperature=1.0, min_p=1.0))) == greedy
 
     async def test_logit_bias_forces_and_forbids(self, real):
         forced = tokens(await run(real, ask(5, logit_bias=((77, 100.0),))))

@@ -410,7 +410,8 @@ def _torture(case: Case, children: list[Child], point: str | None) -> None:
                 if name in running:
                     _note_death(case, running[name])
                 producer_kills[name] -= 1
-                plan = _plan(rng, PRODUCER_POINTS, None) if producer_kills[name] >= 0 else ""
+                points = PRODUCER_POINTS if lives[name] else PRODUCER_POINTS[:2]  # nothing to sweep
+                plan = _plan(rng, points, None) if producer_kills[name] >= 0 else ""
                 running[name] = Child(producer_process, case, name, lives[name], plan)
                 lives[name] += 1
                 children.append(running[name])
@@ -431,6 +432,8 @@ def _plan(rng: random.Random, points, point: str | None) -> str:
     chosen = point or rng.choice(points)
     if chosen.startswith("repair"):  # there must be something to repair
         return rng.choice(("prepared:1", f"{chosen}:1"))
+    if chosen in ("swept", "recovered"):  # once in a life, as a rule
+        return f"{chosen}:1"
     most = 60 if chosen in ("before-commit", "committed", "spooled") else 3
     return f"{chosen}:{rng.randint(1, most)}"
 

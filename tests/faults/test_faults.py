@@ -12,11 +12,11 @@ import pytest
 from tests.faults import harness
 
 ROOT = Path(__file__).parent.parent.parent
-CASES = 100
+CASES = 60
 
 
 @pytest.mark.timeout(1200)
-def test_a_hundred_kills_lose_nothing_and_double_nothing():
+def test_hundreds_of_kills_lose_nothing_and_double_nothing():
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "soak_ledger.py"), "--cases", str(CASES), "--json"],
         capture_output=True,
@@ -25,7 +25,7 @@ def test_a_hundred_kills_lose_nothing_and_double_nothing():
     )
     assert done.returncode == 0, done.stderr[-4000:]
     summary = json.loads(done.stdout)
-    assert summary["kills"] > CASES
+    assert summary["kills"] > 2 * CASES
     never = set(harness.LEDGER_POINTS + harness.PRODUCER_POINTS) - set(summary["kills_per_point"])
     assert not never, f"no case died at {never}"
     assert summary["plain_reads_right"] > 10 * CASES

@@ -10,6 +10,7 @@ import pytest
 from market.config import UsageSync
 from market.errors import MarketFault, Overloaded
 from market.fakes import FakeClock, MemoryLedger
+from market.ledger import producer as producing
 from market.ledger import spool
 from market.ledger.producer import Producer
 from market.ledger.schema import decode
@@ -300,7 +301,49 @@ class TestOrphans:
     async def test_spool_of_a_living_process_is_left_alone(self, ledger, tmp_path):
         async with killed(ledger, tmp_path) as alive:
             await alive.record(await finished(ledger, alive))
-            assert list(spool.orphans(tmp_path)) == []
+            assert list(spool.orphans(tmp_path, dead=())) == []
+
+    async def test_one_that_dies_during_a_sweep_waits_for_the_next(
+        self, ledger, tmp_path, monkeypatch
+    ):
+        """Its table was in use when the sweep looked, its spool no longer is."""
+        living = Producer(ledger, "gw1", tmp_path)
+        await living.start()
+        async with contextlib.AsyncExitStack() as life:
+            dying = await life.enter_async_context(killed(ledger, tmp_path))
+            done, lost = [await finished(ledger, dying) for _ in range(2)]
+            await dying.record(done)
+            looked = producing.unfinished(tmp_path)
+        assert (looked, len(list(tmp_path.glob("gw0*")))) == ([], 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(producing, "unfinished", lambda folder: looked)
+            await living.sweep_others()
+        assert ledger.records == []
+        await living.sweep_others()
+        assert [(r.request_id, r.usage_quality) for r in ledger.records] == [
+            (done.request_id, "engine"),
+            (lost.request_id, "recovered"),
+        ]
+        assert (await ledger.balance("acme")).held_pico == 0
+        await living.stop()
+
+    async def test_one_that_was_replaced_while_it_lived_does_not_fence_its_heir(
+        self, ledger, tmp_path
+    ):
+        living = Producer(ledger, "gw1", tmp_path)
+        await living.start()
+        async with contextlib.AsyncExitStack() as life:
+            replaced = await life.enter_async_context(killed(ledger, tmp_path))
+            await finished(ledger, replaced)
+            heir = Producer(ledger, "gw0", tmp_path)
+            await heir.start()
+        await living.sweep_others()
+        await heir.record(await finished(ledger, heir))
+        await heir.flush()
+        heir.check()
+        await heir.stop()
+        await living.stop()
+        assert list(tmp_path.glob("gw*")) == []
 
     async def test_torn_end_is_left_out_at_every_byte(self, ledger, tmp_path):
         async with killed(ledger, tmp_path) as dead:
@@ -312,7 +355,7 @@ class TestOrphans:
         record_bytes = len(whole) // 3
         for cut in range(2 * record_bytes, len(whole)):
             path.write_bytes(whole[:cut])
-            (orphan,) = spool.orphans(tmp_path)
+            (orphan,) = spool.orphans(tmp_path, {("gw0", 1)})
             assert list(orphan.records) == records[:2]
 
     async def test_flipped_bit_ends_the_spool_before_the_record(self, ledger, tmp_path):
@@ -323,7 +366,7 @@ class TestOrphans:
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 4
         path.write_bytes(content)
-        (orphan,) = spool.orphans(tmp_path)
+        (orphan,) = spool.orphans(tmp_path, {("gw0", 1)})
         assert len(orphan.records) == 1
 
 
@@ -346,21 +389,3 @@ async def test_full_disk_makes_record_wait_and_loses_nothing(ledger, tmp_path, m
             await producer.record(await finished(ledger, producer))
     await producer.stop()
     assert len(ledger.records) == 3
-
-
-def test_a_segment_that_is_being_opened_is_nobodys_orphan(tmp_path, monkeypatch):
-    """Two gateways of one machine: one sweeps at the very moment the other opens a segment."""
-    swept = []
-    lock = spool.fcntl.flock
-
-    def sweep_then_lock(descriptor, how):
-        monkeypatch.setattr(spool.fcntl, "flock", lock)
-        swept.extend(spool.orphans(tmp_path))
-        lock(descriptor, how)
-
-    monkeypatch.setattr(spool.fcntl, "flock", sweep_then_lock)
-    writing = spool.Spool(tmp_path, "gw0", 1)
-    writing.append(record(hold_request("r", **WANTED)))
-    assert (swept, list(spool.orphans(tmp_path))) == ([], [])
-    writing.close()
-    assert [orphan.producer for orphan in spool.orphans(tmp_path)] == ["gw0"]
