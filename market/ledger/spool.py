@@ -109,8 +109,13 @@ def orphans(folder: Path, dead: Container[tuple[str, int]]) -> Iterator[Orphan]:
     """
     for path in sorted(folder.glob("*.spool"), key=_order):
         producer, epoch, first_seq = _order(path)
-        if (producer, epoch) in dead or not table_path(folder, producer, epoch).exists():
-            yield Orphan(producer, epoch, first_seq, tuple(_read(path.read_bytes())), path)
+        if (producer, epoch) not in dead and table_path(folder, producer, epoch).exists():
+            continue
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            continue  # its process has just ended in good order
+        yield Orphan(producer, epoch, first_seq, tuple(_read(content)), path)
 
 
 def _order(path: Path) -> tuple[str, int, int]:

@@ -182,7 +182,9 @@ def beginnings(events):
     found = {}
     for event in without_call_ids(normal(events)):
         for choice in event.get("choices", []):
-            shown = {name: item for name, item in choice.items() if name not in ("text", "logprobs")}
+            shown = {
+                name: item for name, item in choice.items() if name not in ("text", "logprobs")
+            }
             found.setdefault(choice["index"], event | {"choices": [shown]})
     return found
 

@@ -303,6 +303,17 @@ class TestOrphans:
             await alive.record(await finished(ledger, alive))
             assert list(spool.orphans(tmp_path, dead=())) == []
 
+    async def test_one_that_ends_while_spools_are_read_left_nothing(self, tmp_path, monkeypatch):
+        (tmp_path / "gw0.1.0.spool").touch()
+
+        def ends(folder, producer, epoch):
+            (path,) = folder.glob("*.spool")
+            path.unlink()
+            return folder / "gone"
+
+        monkeypatch.setattr(spool, "table_path", ends)
+        assert list(spool.orphans(tmp_path, dead=())) == []
+
     async def test_one_that_dies_during_a_sweep_waits_for_the_next(
         self, ledger, tmp_path, monkeypatch
     ):
