@@ -42,7 +42,8 @@ LEDGER_POINTS = (
     *("repaired", "repair-renamed", "compact-built", "compact-prepared", "compact-exchanged"),
     *("compact-committed", "compact-buried", "settle-lines", "settle-file", "settle-commit"),
 )
-PRODUCER_POINTS = ("spooled", "acknowledged", "swept", "recovered")
+RECORD_POINTS = ("spooled", "acknowledged")
+SWEEP_POINTS = ("swept", "recovered")
 START = datetime(2026, 10, 30, 12, 0, tzinfo=UTC)
 DEADLINE_S = 60.0
 TENANTS = ("acme", "bolt", "coil")
@@ -349,6 +350,9 @@ class Child:
                 self.status = os.waitstatus_to_exitcode(status)
         return self.status is None
 
+    def died_at(self) -> str:
+        return "any moment" if self.killed_by_case else self.plan.split(":")[0]
+
     def kill(self) -> None:
         if self.alive():
             os.kill(self.pid, signal.SIGKILL)
@@ -399,7 +403,8 @@ def _torture(case: Case, children: list[Child], point: str | None) -> None:
         if ledger is None or not ledger.alive():
             if ledger is not None:
                 _note_death(case, ledger)
-            plan = _plan(rng, LEDGER_POINTS, point) if ledger_kills > 0 else ""
+            prepared = ledger is not None and ledger.died_at() == "prepared"
+            plan = _plan(rng, LEDGER_POINTS, point, prepared) if ledger_kills > 0 else ""
             ledger_kills -= 1
             ledger = Child(ledger_process, case, plan)
             children.append(ledger)
@@ -410,8 +415,8 @@ def _torture(case: Case, children: list[Child], point: str | None) -> None:
                 if name in running:
                     _note_death(case, running[name])
                 producer_kills[name] -= 1
-                points = PRODUCER_POINTS if lives[name] else PRODUCER_POINTS[:2]  # nothing to sweep
-                plan = _plan(rng, points, None) if producer_kills[name] >= 0 else ""
+                points = SWEEP_POINTS if lives[name] else RECORD_POINTS  # at first nothing is left
+                plan = _plan(rng, points) if producer_kills[name] >= 0 else ""
                 running[name] = Child(producer_process, case, name, lives[name], plan)
                 lives[name] += 1
                 children.append(running[name])
@@ -428,11 +433,12 @@ def _torture(case: Case, children: list[Child], point: str | None) -> None:
     case.missing_files = reader.missing
 
 
-def _plan(rng: random.Random, points, point: str | None) -> str:
+def _plan(rng: random.Random, points, point: str | None = None, prepared: bool = False) -> str:
+    """Where to die; ``prepared`` tells that the last life left something to repair."""
     chosen = point or rng.choice(points)
-    if chosen.startswith("repair"):  # there must be something to repair
-        return rng.choice(("prepared:1", f"{chosen}:1"))
-    if chosen in ("swept", "recovered"):  # once in a life, as a rule
+    if chosen.startswith("repair") and not prepared:
+        return "prepared:1"
+    if chosen.startswith("repair") or chosen in SWEEP_POINTS:  # once in a life, as a rule
         return f"{chosen}:1"
     most = 60 if chosen in ("before-commit", "committed", "spooled") else 3
     return f"{chosen}:{rng.randint(1, most)}"
@@ -444,7 +450,7 @@ def _note_death(case: Case, child: Child) -> None:
         text = failures.read_text()[-2000:] if failures.exists() else ""
         raise AssertionError(f"a process ended with {child.status}: {text}")
     case.kills += 1
-    point = "any moment" if child.killed_by_case else child.plan.split(":")[0]
+    point = child.died_at()
     case.points[point] = case.points.get(point, 0) + 1
 
 

@@ -16,7 +16,7 @@ from market.ledger.producer import Producer
 from market.ledger.schema import decode
 from market.pricing import NO_PRICE
 from market.types import FinishReason, UsageQuality, UsageRecord
-from tests.contracts.test_ledger import CHARGE, WANTED, record
+from tests.contracts.test_ledger import CHARGE, record
 from tests.samples import CARD, deposit, hold_request
 
 
