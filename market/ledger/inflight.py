@@ -2,8 +2,8 @@
 
 A file of slots mapped into memory, one per request: what is written there costs no system call, and
 the kernel keeps it when the process is killed. Whoever sweeps afterwards gives each request that
-was not finished its record: charge 0, ``recovered``. The file is locked by its owner from before its
-first record to after its last one; unlocked it is an orphan, and so is the epoch's spool.
+was not finished its record: charge 0, ``recovered``. The file is locked by its owner from before
+its first record to after its last one; unlocked it is an orphan, and so is the epoch's spool.
 
 Layout: [magic 8][next sequence number u64], then slots of [length u32][crc32 u32][msgpack record].
 """

@@ -420,7 +420,7 @@ def _torture(case: Case, children: list[Child], point: str | None) -> None:
                 running[name] = Child(producer_process, case, name, lives[name], plan)
                 lives[name] += 1
                 children.append(running[name])
-        if rng.random() < 0.01 and ledger_kills > 0:
+        if point is None and rng.random() < 0.03 and ledger_kills > 0:
             ledger.killed_by_case = True
             ledger.kill()  # at any moment, named or not
         if rng.random() < 0.03:
