@@ -10,6 +10,9 @@ from contextlib import aclosing
 
 from market.types import EngineChunk, FinishReason, TokenCounts
 
+# Answers that nobody reads before their end travel in blocks of so many tokens.
+WHOLE_BLOCK_TOKENS = 32
+
 
 class Credit:
     """Tokens that may be generated. A ``final`` credit grows no more.

@@ -272,7 +272,7 @@ class PoolReport:
     """What a gateway says of a pool: work given since it started, who waits, how many run.
 
     ``weights`` has everybody with ``service``. ``counters`` are those it last knew: after a restart
-    the scheduler learns them from here.
+    the scheduler learns them from here. ``finished_per_s``: requests lately.
     """
 
     running: int
@@ -281,6 +281,7 @@ class PoolReport:
     weights: Mapping[str, int]
     backlogged: frozenset[str]
     counters: Mapping[str, float]
+    finished_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -149,6 +149,7 @@ class Queues:
                 weights=pool.queue.weights(),
                 backlogged=pool.queue.counters.active,
                 counters=pool.queue.counters.snapshot(),
+                finished_per_s=0.0 if pool.finished is None else pool.finished.get(now_s),
             )
             for name, pool in self._pools.items()
         }

@@ -265,7 +265,6 @@ class Route:
     lane: Lane
     deployment_id: str
     app_name: str
-    model_path: str
     max_context_tokens: int
     provider_id: str
     node_id: str
@@ -280,12 +279,13 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class NotReady:
-    """A deployment that cannot be asked right now, and why."""
+    """A deployment that cannot be asked now, and why; if it ``wakes``, a request starts it."""
 
     model: str
     deployment_id: str
     tenant_id: str | None
     reason: str
+    wakes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -615,11 +615,15 @@ class Lease:
 
 
 class ReplicaState(StrEnum):
-    """Life of a replica. Its GPUs are taken until it is gone: freed means seen free."""
+    """Life of a replica. Its GPUs are taken until it is gone: freed means seen free.
+
+    A ``draining`` one gets no more requests, ends the answers that it has, and may be taken back.
+    """
 
     WAITING = "waiting"
     STARTING = "starting"
     READY = "ready"
+    DRAINING = "draining"
     FAILED = "failed"
     STOPPING = "stopping"
     FREEING = "freeing"
@@ -648,23 +652,55 @@ class DeploymentState(StrEnum):
     WAITING = "waiting"
     STARTING = "starting"
     READY = "ready"
+    COLD = "cold"
     FAILED = "failed"
     STOPPING = "stopping"
 
 
 @dataclass(frozen=True, slots=True)
+class Bounds:
+    """How many replicas a pool may have, and what they may cost.
+
+    ``spend_max_pico``: for its GPUs, an hour; None: any. ``keep_alive_s``: how long idle replicas
+    above ``minimum`` stay; None: by break-even (autoscaling.py).
+    """
+
+    minimum: int = 1
+    maximum: int = 1
+    spend_max_pico: int | None = None
+    keep_alive_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Deployment:
-    """A model made available: to everybody (``tokens``) or to the tenant of its lease."""
+    """A model made available: to everybody (``tokens``) or to the tenant of its lease.
+
+    ``made``: replicas so far; a name never comes again.
+    """
 
     deployment_id: str
     model: str
     mode: Mode
     engine: str
-    replicas: int
+    bounds: Bounds
     created_at: datetime
     tenant_id: str | None = None
     lease_id: str | None = None
     stopping: bool = False
+    made: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StartCost:
+    """How long starts of a model with an engine on a type of GPU took: a moving mean.
+
+    ``start_id`` is "model/engine/type".
+    """
+
+    start_id: str
+    seconds: float
+    count: int
+    measured_at: datetime
 
 
 @dataclass(frozen=True, slots=True)

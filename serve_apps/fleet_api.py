@@ -19,6 +19,7 @@ from market.scheduler.service import deployment_state
 from market.types import (
     CURRENCY,
     TERM_MAX_S,
+    Bounds,
     Deployment,
     Gpu,
     Lease,
@@ -72,11 +73,16 @@ class NewOrder(Strict):
 class NewDeployment(NewOrder):
     """Body of ``POST /deployments``: tokens for everybody, or a lease for one tenant.
 
-    ``queue``: an order for a lease that fits nowhere waits instead of being refused.
+    ``replicas`` is a number or "MIN:MAX"; those above MIN stay while they are used and for
+    ``keep_alive`` ("10m"; default: by break-even), and all of them together cost at most
+    ``max_spend`` an hour. ``queue``: an order for a lease that fits nowhere waits instead of being
+    refused.
     """
 
     mode: str = "tokens"
-    replicas: int = 1
+    replicas: int | str | None = None
+    keep_alive: str | None = None
+    max_spend: str | None = None
     queue: bool = False
     dry_run: bool = False
 
@@ -193,7 +199,8 @@ async def deploy(body: NewDeployment, services: With, caller: Caller) -> dict[st
             param="mode",
         )
     require_operator(caller)
-    found = await services.scheduler.open_pool(body.model, body.engine, body.replicas, body.dry_run)
+    bounds = _bounds(body)
+    found = await services.scheduler.open_pool(body.model, body.engine, bounds, body.dry_run)
     return deployment_row(*found)
 
 
@@ -283,6 +290,23 @@ async def _lease(body: NewDeployment, services: Services, caller: Principal) -> 
                 return {**deployment_row(deployment, replicas), **answer}
     waiting = {"state": placed.state, "reason": placed.reason, "deployment_id": placed.lease_id}
     return {"model": body.model, "mode": body.mode, **waiting, **answer}
+
+
+def _bounds(body: NewDeployment) -> Bounds:
+    """How many replicas a pool may have. Raises InvalidRequest."""
+    least, _, most = str(1 if body.replicas is None else body.replicas).partition(":")
+    try:
+        minimum, maximum = int(least), int(most or least)
+    except ValueError:
+        raise InvalidRequest(
+            f"replicas: a number, or MIN:MAX like 0:4, got {body.replicas!r}", param="replicas"
+        ) from None
+    return Bounds(
+        minimum,
+        maximum,
+        None if body.max_spend is None else pricing.parse_money(body.max_spend, "max_spend"),
+        None if body.keep_alive is None else float(parse_term(body.keep_alive, "keep_alive")),
+    )
 
 
 def _order(body: NewOrder, services: Services, caller: Principal) -> Order:
@@ -445,7 +469,17 @@ def deployment_row(
     ]
     ready = sum(replica.state is ReplicaState.READY for replica in replicas)
     values = {name: _plain(value) for name, value in asdict(deployment).items()}
-    return {**values, "state": state, "reason": reason, "ready": ready, "places": places}
+    bounds = values.pop("bounds")
+    spend = bounds.pop("spend_max_pico")
+    bounds["spend_max"] = None if spend is None else pricing.format_money(spend)
+    return {
+        **values,
+        "replicas": bounds,
+        "state": state,
+        "reason": reason,
+        "ready": ready,
+        "places": places,
+    }
 
 
 def order_row(order: Order) -> dict[str, Any]:

@@ -74,13 +74,14 @@ class Gateway:
         self._queues = Queues(clock)
         self._limits = Limits()
         keys = Authenticator(ledger, clock)
-        routes = LiveRoutes(
+        self._routes = routes = LiveRoutes(
             config,
             self._exchange,
             ledger,
             lambda: keys.cards,
             serve.get_app_handle,
             self._metrics.unpriced,
+            self._metrics.started,
         )
         self._inference = Inference(clock, self._slices, self._queues, sink, routes)
         self._idempotency = Idempotency(answers, self._producer.identity)
@@ -120,7 +121,14 @@ class Gateway:
         """Tell the scheduler of us; take over what it says."""
         producer, epoch = self._producer.name, self._producer.epoch
         keys = self._limits.in_use(self._clock.monotonic())
-        report = GatewayReport(producer, epoch, self._queues.reports(), keys)
+        report = GatewayReport(
+            producer,
+            epoch,
+            self._queues.reports(),
+            keys,
+            cold=self._routes.cold(),
+            streams=self._routes.streams(),
+        )
         orders = await self._scheduler.sync(report)
         self._queues.take_shares(orders.pools.items())
         self._limits.share(orders.key_gateways)

@@ -20,7 +20,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import msgspec
 
-from market.credit import Credit
+from market.credit import WHOLE_BLOCK_TOKENS, Credit
 from market.errors import EngineFailed, MarketError, Overloaded
 from market.types import EngineChunk, EngineRequest
 from serve_apps.frames import (
@@ -45,7 +45,6 @@ from serve_apps.frames import (
 logger = logging.getLogger(__name__)
 
 WINDOW = 2
-WHOLE_BLOCK_TOKENS = 32
 SECRET_MAX_BYTES = 256
 CONNECT_TIMEOUT_S = 5.0
 # How long to look for a replica that is not there: a lost one is started again meanwhile.

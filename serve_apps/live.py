@@ -1,20 +1,33 @@
 """The gateway's view of the market: routes, prices, tokenizers and replicas, kept fresh."""
 
 import asyncio
+import contextlib
 import logging
+import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Protocol
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
+from market.accounts import Account
 from market.catalog import find
 from market.cluster.models import fetch
 from market.config import Config
-from market.errors import EngineFailed, MarketError, NoCapacity, NotFound
+from market.errors import (
+    EngineFailed,
+    InsufficientBalance,
+    MarketError,
+    NoCapacity,
+    NotFound,
+    PermissionDenied,
+)
 from market.ports import Engine
 from market.types import (
+    Lane,
     NotReady,
+    PackLeft,
     Principal,
     RateCard,
     Role,
@@ -30,13 +43,27 @@ logger = logging.getLogger(__name__)
 REFRESH_S = 0.5
 ADDRESS_RETRY_S = 0.2
 ANOTHER_POLL_S = 0.1
+# Whoever waits for a model to start is bounded in number, by tenant too, and in time.
+COLD_MAX = 256
+COLD_MAX_PER_TENANT = 64
+COLD_WAIT_S = 600.0
+COLD_REFRESH_S = 0.1
+COLD_RETRY_S = 10.0
 
 
 class Prices(Protocol):
-    """The part of the ledger that says what a model costs."""
+    """The part of the ledger that says what a model costs, and who can pay."""
 
     async def rate_card(self, model: str) -> RateCard | None:
         """The price in force, None if there is none."""
+        ...
+
+    async def balance(self, tenant_id: str) -> Account:
+        """A tenant's account."""
+        ...
+
+    async def packs(self, tenant_id: str) -> list[PackLeft]:
+        """Its token packs that can still be drawn on."""
         ...
 
 
@@ -70,20 +97,40 @@ class LiveRoutes:
         cards: Callable[[], Mapping[str, RateCard]],
         handle_of: Callable[[str], Any],
         on_unpriced: Callable[[str], None] = lambda _model: None,
+        on_cold: Callable[[str, float], None] = lambda _model, _seconds: None,
     ) -> None:
         self._config = config
         self._exchange = exchange
         self._prices = prices
         self._handle_of = handle_of
         self._on_unpriced = on_unpriced
+        self._on_cold = on_cold
         self._table = RouteTable((), ())
         self._cards = cards
         self._engines: dict[str, Link] = {}
+        self._leaving: list[tuple[str, Link]] = []
         self._prompters: dict[str, Prompter] = {}
         self._preloaded: set[str] = set()
         self._loading = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
         self._refreshing: asyncio.Task[None] | None = None
+        self._refreshed = asyncio.Event()
+        self._cold: Counter[tuple[str, str]] = Counter()
+        self._cold_now = asyncio.Event()
+
+    def cold(self) -> dict[str, int]:
+        """Requests that wait for a model to start, by model."""
+        found: Counter[str] = Counter()
+        for (model, _), count in self._cold.items():
+            found[model] += count
+        return dict(found)
+
+    def streams(self) -> dict[str, int]:
+        """Answers under way by replica, those on draining ones too."""
+        found: Counter[str] = Counter()
+        for app, link in [*self._engines.items(), *self._leaving]:
+            found[app] += link.streams
+        return dict(found)
 
     async def refresh(self) -> None:
         """Fetch the table now, once for all who want it."""
@@ -105,11 +152,9 @@ class LiveRoutes:
                 logger.info("application %s is not there yet", app)
         for app, link in self._engines.items():
             if app not in engines:
-                self._spawn(link.close())
+                self._spawn(self._leave(app, link))
         for route in table.ready:
-            if route.model_path not in self._preloaded:
-                self._preloaded.add(route.model_path)
-                self._spawn(self._preload(route))
+            self._preload(route.model)
         gone = [route for route in table.ready if route.app_name not in engines]
         self._engines = engines
         for link in engines.values():
@@ -121,6 +166,8 @@ class LiveRoutes:
                 *(NotReady(r.model, r.deployment_id, r.tenant_id, "starting") for r in gone),
             ),
         )
+        self._refreshed.set()
+        self._refreshed = asyncio.Event()
 
     async def refresh_forever(self) -> None:
         """Keep the table fresh; the last known one serves on while the scheduler is away.
@@ -132,7 +179,13 @@ class LiveRoutes:
                 await self.refresh()
             except Exception as error:  # noqa: BLE001  # a stale table is better than none
                 logger.warning("route table not refreshed: %s", error)
-            await asyncio.sleep(REFRESH_S)
+            if self._cold:
+                await asyncio.sleep(COLD_REFRESH_S)
+            else:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(REFRESH_S):
+                        await self._cold_now.wait()
+            self._cold_now.clear()
 
     def ready(self, principal: Principal) -> list[Route]:
         """One route for each model that this key can ask right now."""
@@ -143,17 +196,31 @@ class LiveRoutes:
         ]
         return [route for route in found if isinstance(route, Route)]
 
+    def waking(self, principal: Principal) -> list[str]:
+        """Models scaled to zero that a request by this key would start."""
+        allowed = principal.policy.models
+        models = sorted({entry.model for entry in self._table.starting if entry.wakes})
+        found = [
+            (model, self._find(model, principal))
+            for model in models
+            if allowed is None or model in allowed
+        ]
+        return [model for model, entry in found if isinstance(entry, NotReady) and entry.wakes]
+
     async def route(self, model: str, principal: Principal) -> Route:
         """The replica that gets the next request for ``model`` by this key.
 
         A tenant's own lease comes before the pool, also while it cannot serve: what is paid for by
-        the hour must not be charged by the token. Raises NotFound if the model is not deployed for
-        this key, NoCapacity while it starts or drains.
+        the hour must not be charged by the token. A model that was scaled to zero is started and
+        waited for. Raises NotFound if the model is not deployed for this key, NoCapacity while it
+        starts or drains.
         """
         found = self._find(model, principal)
         if not isinstance(found, Route):
             await self.refresh()  # it may have been deployed a moment ago
             found = self._find(model, principal)
+        if isinstance(found, NotReady) and found.wakes:
+            found = await self._awake(model, principal)
         if isinstance(found, Route):
             return found
         if found is not None:
@@ -168,6 +235,59 @@ class LiveRoutes:
             code="model_not_found",
             param="model",
         )
+
+    async def _awake(self, model: str, principal: Principal) -> Route | NotReady | None:
+        """Wait for a model to start; the next report tells the scheduler that somebody does.
+
+        Raises NoCapacity if too many wait already, or for too long.
+        """
+        await self._require_means(model, principal)
+        who = model, principal.subject_id
+        waiting = self.cold().get(model, 0)
+        if waiting >= COLD_MAX or self._cold[who] >= COLD_MAX_PER_TENANT:
+            raise NoCapacity(
+                f"{model} is starting, and {waiting} request(s) wait for it already",
+                code="model_loading",
+                retry_after_s=COLD_RETRY_S,
+            )
+        began_s = time.monotonic()
+        self._cold[who] += 1
+        self._cold_now.set()
+        self._preload(model)
+        try:
+            async with asyncio.timeout(COLD_WAIT_S):
+                while True:
+                    found = self._find(model, principal)
+                    if not isinstance(found, NotReady) or not found.wakes:
+                        return found
+                    await self._refreshed.wait()
+        except TimeoutError:
+            raise NoCapacity(
+                f"{model} did not start within {COLD_WAIT_S:.0f} s",
+                code="model_loading",
+                retry_after_s=COLD_RETRY_S,
+            ) from None
+        finally:
+            self._cold[who] -= 1
+            if not self._cold[who]:
+                del self._cold[who]
+            self._on_cold(model, time.monotonic() - began_s)
+
+    async def _require_means(self, model: str, principal: Principal) -> None:
+        """Who could not buy an answer must not start a GPU for it.
+
+        Raises PermissionDenied, NotFound (no price) or InsufficientBalance.
+        """
+        tenant = principal.subject_id
+        if principal.role is not Role.TENANT or not may_use(principal, Lane.TOKENS):
+            raise PermissionDenied(f"{model} is scaled to zero, and this key cannot buy its tokens")
+        await self.rate_card(model)
+        if (await self._prices.balance(tenant)).balance_pico > 0:
+            return
+        if not any(left.pack.model == model for left in await self._prices.packs(tenant)):
+            raise InsufficientBalance(
+                f"the balance is 0; deposit more (market tenants deposit {tenant} AMOUNT)"
+            )
 
     def least_busy(self, route: Route) -> Route:
         """The replica of the same deployment that has the least to do now, after the queue."""
@@ -210,29 +330,45 @@ class LiveRoutes:
 
     async def prompter(self, route: Route) -> Prompter:
         """The model's tokenizer, loaded once per gateway."""
-        prompter = self._prompters.get(route.model_path)
+        return await self._prompter(route.model)
+
+    async def _prompter(self, model: str) -> Prompter:
+        prompter = self._prompters.get(model)
         if prompter is None:
             async with self._loading:
-                prompter = self._prompters.get(route.model_path)
+                prompter = self._prompters.get(model)
                 if prompter is None:
-                    prompter = await asyncio.to_thread(self._load, route)
-                    self._prompters[route.model_path] = prompter
+                    prompter = await asyncio.to_thread(self._load, model)
+                    self._prompters[model] = prompter
         return prompter
 
-    async def _preload(self, route: Route) -> None:
+    def _preload(self, model: str) -> None:
         """A tokenizer takes seconds to load, mostly its package: no request shall wait for it."""
+        if model not in self._preloaded:
+            self._preloaded.add(model)
+            self._spawn(self._load_ahead(model))
+
+    async def _load_ahead(self, model: str) -> None:
         try:
-            await self.prompter(route)
+            await self._prompter(model)
         except MarketError as error:
-            logger.warning("no tokenizer for %s yet: %s", route.model, error)
+            logger.warning("no tokenizer for %s yet: %s", model, error)
+
+    async def _leave(self, app: str, link: Link) -> None:
+        """A replica that drains: its streams go on, and are counted until they end."""
+        self._leaving.append((app, link))
+        try:
+            await link.close()
+        finally:
+            self._leaving.remove((app, link))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    def _load(self, route: Route) -> Prompter:
-        folder = fetch(find(route.model), self._config.models_dir, weights=False)
+    def _load(self, model: str) -> Prompter:
+        folder = fetch(find(model), self._config.models_dir, weights=False)
         return load_prompter(str(folder))
 
     def _find(self, model: str, principal: Principal) -> Route | NotReady | None:

@@ -23,6 +23,7 @@ from market.types import CURRENCY, Lease, UsageRecord
 from serve_apps.observed import Seen
 
 ADMISSION_BUCKETS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.2, 1, 5)
+COLD_BUCKETS = (0.5, 1, 2, 3, 5, 10, 20, 30, 60, 120, 300, 600)
 TIME_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 
 
@@ -62,6 +63,13 @@ class Metrics:
             "market_admission_seconds",
             "From a request's body to its admission",
             buckets=ADMISSION_BUCKETS,
+            registry=registry,
+        )
+        self._cold_start = Histogram(
+            "market_cold_start_seconds",
+            "How long requests waited for their model to start",
+            ["model"],
+            buckets=COLD_BUCKETS,
             registry=registry,
         )
         self._queue = Histogram(
@@ -119,6 +127,10 @@ class Metrics:
         """Count a request that ended with an error."""
         if seen.error_code is not None:
             self._refused.labels(seen.error_code).inc()
+
+    def started(self, model: str, seconds: float) -> None:
+        """A request has waited for its model to start."""
+        self._cold_start.labels(model).observe(seconds)
 
     def admitted(self, seconds: float) -> None:
         """How long an admission took."""

@@ -101,6 +101,10 @@ class ModelReplica:
             raise Overloaded("the replica's queue is full", retry_after_s=1)
         delivered = 0
         first = True
+        if not request.stream and not credit.final:
+            # An answer in blocks cannot be cut within one, so the engine gives it token by token
+            # unless all that it may have is paid for.
+            request = msgspec.structs.replace(request, stream=True)
         try:
             chunks = within(self._engine.generate(request), credit)
             async with aclosing(chunks):

@@ -7,12 +7,15 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from market import pricing
+from market import catalog, pricing
+from market.accounts import MARKET_PROVIDER
 from market.errors import InvalidRequest, MarketError, MarketFault, RateLimited
 from market.metering import Admission, Ask
 from market.types import EngineChunk, Principal, Route, Sampling, UsageRecord
@@ -51,6 +54,12 @@ Stream = AsyncGenerator[EngineChunk | UsageRecord, None]
 Writer = Events | ResponsesEvents
 
 
+class _Streamed(msgspec.Struct):
+    """All that is read of a body whose answer takes long."""
+
+    stream: bool | None = None
+
+
 @dataclass(slots=True)
 class Call:
     """A request on its way: who asks, what, and how the answer is to be written."""
@@ -68,16 +77,21 @@ class Call:
 
 @router.get("/models")
 async def list_models(services: With, caller: Caller) -> dict[str, Any]:
-    """Models that can be asked right now."""
-    models = [_model_object(route) for route in services.routes.ready(caller)]
-    return {"object": "list", "data": models}
+    """Models that can be asked right now, those that a request would start among them."""
+    ready = services.routes.ready(caller)
+    models = [_model_object(r.model, r.max_context_tokens, r.provider_id) for r in ready]
+    models += [_cold_model_object(model) for model in services.routes.waking(caller)]
+    return {"object": "list", "data": sorted(models, key=lambda model: str(model["id"]))}
 
 
 @router.get("/models/{model}")
 async def get_model(model: str, services: With, caller: Caller) -> dict[str, Any]:
     """One model."""
     require_model(caller, model)
-    return _model_object(await services.routes.route(model, caller))
+    if model in services.routes.waking(caller):
+        return _cold_model_object(model)  # looking must not start it
+    route = await services.routes.route(model, caller)
+    return _model_object(model, route.max_context_tokens, route.provider_id)
 
 
 @router.post("/chat/completions")
@@ -269,7 +283,15 @@ async def _answer(
 
     if "idempotency-key" in request.headers:
         return await services.idempotency.answer(request, caller, make)
-    return await unless_gone(request, make())
+    return await unless_gone(request, make(), partial(_is_streamed, raw))
+
+
+def _is_streamed(raw: bytes) -> bool:
+    """Whether a body asks for a stream; one that cannot be read does not."""
+    try:
+        return bool(msgspec.json.decode(raw, type=_Streamed).stream)
+    except msgspec.DecodeError:
+        return False
 
 
 async def _generate(call: Call, began_s: float, seen: Seen) -> Response:
@@ -389,11 +411,16 @@ def _no_events(_admission: Admission) -> Writer:
     raise InvalidRequest("embeddings are not streamed", param="stream")
 
 
-def _model_object(route: Route) -> dict[str, Any]:
+def _model_object(model: str, context_tokens: int, owner: str) -> dict[str, Any]:
     return {
-        "id": route.model,
+        "id": model,
         "object": "model",
         "created": 0,
-        "owned_by": route.provider_id,
-        "max_model_len": route.max_context_tokens,
+        "owned_by": owner,
+        "max_model_len": context_tokens,
     }
+
+
+def _cold_model_object(model: str) -> dict[str, Any]:
+    """One that runs nowhere yet belongs to the market."""
+    return _model_object(model, catalog.find(model).served_context_tokens, MARKET_PROVIDER)

@@ -1,34 +1,48 @@
 """Answers that notice when their client is gone, streamed and not."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from market.errors import MarketError
 from market.types import FinishReason
-from serve_apps.observed import seen_of
-from serve_apps.shapes import DONE
+from serve_apps.observed import Seen, seen_of
+from serve_apps.shapes import DONE, event
 
-Result = TypeVar("Result")
+# Shorter than the least patience of proxies and load balancers, which is 30 s or more.
+COMMENT_S = 10.0
+COMMENT = b": waiting for the model\n\n"
 
 
 class ClientGone(Exception):
     """Nobody is there to be answered."""
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """The work's result; the work is cancelled when the client hangs up.
+async def unless_gone(
+    request: Request, work: Coroutine[Any, Any, Response], is_streamed: Callable[[], bool]
+) -> Response:
+    """The work's answer; the work is cancelled when the client hangs up.
 
+    Who wants a stream and waits for long (for a model to start, in a queue) gets one at once, with
+    comments until there is more to say: neither clients nor proxies between may think it dead.
     Raises ClientGone. The request's body must have been read.
     """
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_disconnected(request.receive))
+    ours = True
     try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        both = {working, watching}
+        await asyncio.wait(both, timeout=COMMENT_S, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done() and not watching.done():
+            if is_streamed():
+                ours = False
+                return EventStream(_kept_alive(working, seen_of(request.scope)), {})
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
         raise ClientGone
@@ -36,9 +50,31 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Re
         seen_of(request.scope).break_off()
         raise
     finally:
-        for task in (working, watching):
+        own = (working, watching) if ours else (watching,)
+        for task in own:
             task.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
+        await asyncio.gather(*own, return_exceptions=True)
+
+
+async def _kept_alive(
+    working: "asyncio.Future[Response]", seen: Seen
+) -> AsyncGenerator[bytes, None]:
+    """Comments while the answer is on its way, then its events; its error as an event."""
+    try:
+        while not working.done():
+            yield COMMENT
+            await asyncio.wait({working}, timeout=COMMENT_S)
+        answer = working.result()
+        assert isinstance(answer, EventStream)
+        async with aclosing(answer.events) as events:
+            async for piece in events:
+                yield piece
+    except MarketError as error:
+        seen.error_code = error.code
+        yield event(error.body())
+    finally:
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
 
 
 class EventStream(Response):
@@ -82,10 +118,10 @@ class EventStream(Response):
             }
             await send(start)
             more = True
-            async for event in events:
-                if event:
-                    more = not event.endswith(DONE)  # nothing follows that: one write less
-                    await send({"type": "http.response.body", "body": event, "more_body": more})
+            async for piece in events:
+                if piece:
+                    more = not piece.endswith(DONE)  # nothing follows that: one write less
+                    await send({"type": "http.response.body", "body": piece, "more_body": more})
                 if not more:
                     return
             await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -34,7 +34,6 @@ ROUTE = Route(
     lane=Lane.TOKENS,
     deployment_id="tiny-1",
     app_name="model-tiny-1",
-    model_path="/nowhere",
     max_context_tokens=1000,
     provider_id="local",
     node_id="local",

@@ -1,5 +1,6 @@
 """``market deploy``, ``quote``, ``undeploy`` and ``deployments``."""
 
+import re
 import time
 import uuid
 from typing import Annotated, Any
@@ -18,6 +19,16 @@ QUOTE = (
 )
 OPTION_OF = {"provider_id": "provider", "tenant_id": "tenant"}
 POLL_S = 0.3
+# It serves, or will at the first request.
+SETTLED = ("ready", "cold")
+
+
+def _check_replicas(text: str | None) -> str | None:
+    """Raises typer.BadParameter unless it is a number or MIN:MAX."""
+    if text is not None and re.fullmatch(r"\d+(:\d+)?", text) is None:
+        raise typer.BadParameter("a number, or MIN:MAX like 0:4")
+    return text
+
 
 Model = Annotated[str, typer.Argument(help="A model of the catalog (market models ls).")]
 Engine = Annotated[str | None, typer.Option(help="vllm or transformers.")]
@@ -49,6 +60,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the root."""
     app.command(
         epilog="Examples: market deploy tiny-qwen --mode tokens --engine vllm; "
+        "market deploy tiny-qwen --replicas 0:2 --keep-alive 10m; "
         "market deploy qwen-7b --mode lease --gpus 0.5 --term 30d --tenant acme"
     )(deploy)
     app.command(epilog="Example: market quote qwen-7b --gpus 2 --term 30d --tenant acme")(quote)
@@ -63,7 +75,18 @@ def deploy(  # noqa: PLR0913  # one argument per option
     ] = "tokens",
     engine: Engine = None,
     replicas: Annotated[
-        int | None, typer.Option(min=1, help="Tokens: how many replicas; default: 1.")
+        str | None,
+        typer.Option(
+            callback=_check_replicas,
+            help="Tokens: how many replicas, or MIN:MAX by demand (0: none when idle); default: 1.",
+        ),
+    ] = None,
+    keep_alive: Annotated[
+        str | None,
+        typer.Option(help="Tokens: idle replicas above MIN stay so long; default: by break-even."),
+    ] = None,
+    max_spend: Annotated[
+        str | None, typer.Option(help="Tokens: at most this an hour for the pool's GPUs.")
     ] = None,
     gpus: Gpus = None,
     term: Term = None,
@@ -105,11 +128,12 @@ def deploy(  # noqa: PLR0913  # one argument per option
         order_id=order_id,
         queue=queue,
     )
-    _check_options(mode, order, replicas)
+    pool = _given(replicas=replicas, keep_alive=keep_alive, max_spend=max_spend)
+    _check_options(mode, order, pool)
     if mode == "lease":
         order.setdefault("order_id", f"order-{uuid.uuid4().hex[:16]}")
-    wanted = _given(model=model, mode=mode, engine=engine, replicas=replicas, dry_run=dry_run)
-    answer = request("POST", "/deployments", json=wanted | order)
+    wanted = _given(model=model, mode=mode, engine=engine, dry_run=dry_run)
+    answer = request("POST", "/deployments", json=wanted | pool | order)
     if dry_run and mode == "lease":
         _show_quote(output, answer)
         return
@@ -197,9 +221,16 @@ def row(deployment: dict[str, Any]) -> dict[str, Any]:
     return deployment | {
         "deployment": deployment["deployment_id"],
         "tenant": deployment["tenant_id"],
-        "replicas": f"{deployment['ready']}/{deployment['replicas']}",
+        "replicas": _replicas(deployment),
         "place": bars.places(deployment),
     }
+
+
+def _replicas(deployment: dict[str, Any]) -> str:
+    """How many serve of how many there may be: "1/1", "2 of 0:4"."""
+    least, most = (deployment["replicas"][name] for name in ("minimum", "maximum"))
+    ready = deployment["ready"]
+    return f"{ready}/{most}" if least == most else f"{ready} of {least}:{most}"
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -207,15 +238,16 @@ def _given(**options: Any) -> dict[str, Any]:
     return {n: value for n, value in options.items() if value is not None and value is not False}
 
 
-def _check_options(mode: str, order: dict[str, Any], replicas: int | None) -> None:
+def _check_options(mode: str, order: dict[str, Any], pool: dict[str, Any]) -> None:
     """Raises typer.BadParameter for an option that the mode has no use for."""
     if mode == "tokens" and order:
         name = next(iter(order))
         option = OPTION_OF.get(name, name.replace("_", "-"))
         raise typer.BadParameter("is for --mode lease only", param_hint=f"--{option}")
-    if mode == "lease" and replicas is not None:
+    if mode == "lease" and pool:
+        option = next(iter(pool)).replace("_", "-")
         raise typer.BadParameter(
-            "is for --mode tokens only; a lease has one replica", param_hint="--replicas"
+            "is for --mode tokens only; a lease has one replica", param_hint=f"--{option}"
         )
 
 
@@ -273,7 +305,7 @@ def _wait(deployment: dict[str, Any], timeout_s: float, began_s: float) -> dict[
 
     told = ""
     current: dict[str, Any] | None = deployment
-    while current is not None and current["state"] != "ready":
+    while current is not None and current["state"] not in SETTLED:
         if current["state"] == "failed":
             raise MarketFault(f"{current['model']} did not start: {current['reason']}")
         if current["state"] == "stopping" and current["lease_id"] is not None:
@@ -285,7 +317,7 @@ def _wait(deployment: dict[str, Any], timeout_s: float, began_s: float) -> dict[
             note(f"market: {current['model']}: {told.splitlines()[0]}")
         time.sleep(POLL_S)
         current = _find(deployment["deployment_id"])
-    if current is None or current["state"] != "ready":
+    if current is None or current["state"] not in SETTLED:
         why = leases.why_closed(deployment["lease_id"]) if deployment["lease_id"] else ""
         raise MarketFault(f"{deployment['model']} was removed while it started{why}")
     return current

@@ -4,6 +4,7 @@ Each part may fail alone; the next round tries again. Nothing here is in a reque
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ from market.leasing import PRODUCER
 from market.matching import micros
 from market.scheduler import reconcile
 from market.scheduler.core import Core, SendUsage
+from market.scheduler.elastic import Elastic
 from market.scheduler.nodes import Nodes
 from market.scheduler.orders import Orders
 from market.scheduler.pools import Pools
@@ -35,6 +37,8 @@ from market.types import (
 logger = logging.getLogger(__name__)
 
 ROUND_S = 0.5
+# Rounds follow each other as fast as this while somebody waits for a model to start.
+HURRY_S = 0.1
 LOOK_TIMEOUT_S = 10.0
 FUNDS_RETRY_S = 2.0
 SEND_MAX = 1024
@@ -47,12 +51,22 @@ SERVING = (ReplicaState.STARTING, ReplicaState.READY)
 class Keeper:
     """Keeps the cluster as it should be. What it remembers itself may be lost at any time."""
 
-    def __init__(self, core: Core, nodes: Nodes, orders: Orders, pools: Pools, send: SendUsage):
+    def __init__(
+        self,
+        core: Core,
+        nodes: Nodes,
+        orders: Orders,
+        pools: Pools,
+        elastic: Elastic,
+        send: SendUsage,
+    ) -> None:
         self._core = core
         self._nodes = nodes
         self._orders = orders
         self._pools = pools
+        self._elastic = elastic
         self._send = send
+        self._hurry = asyncio.Event()
         self._view: ClusterView | None = None
         self._viewed_at: datetime | None = None
         self._seen_runs: dict[str, datetime] = {}
@@ -67,8 +81,16 @@ class Keeper:
     async def run_forever(self) -> None:
         """Rounds, until cancelled."""
         while True:
+            self._hurry.clear()
             await self.round()
-            await asyncio.sleep(ROUND_S)
+            await asyncio.sleep(HURRY_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ROUND_S - HURRY_S):
+                    await self._hurry.wait()
+
+    def hurry(self) -> None:
+        """Somebody waits: let the next round begin at once."""
+        self._hurry.set()
 
     async def round(self) -> None:
         """One round; what fails is logged and tried again in the next."""
@@ -77,6 +99,7 @@ class Keeper:
         now = self._core.clock.now()
         if view is not None:
             await self._guard("advancing leases", partial(self._advance, view, now))
+            await self._guard("scaling pools", self._elastic.round)
             await self._guard("reconciling", partial(self._reconcile, view, now))
         await self._send_for_a_while()
         await self._guard("holding money", partial(self._hold, now))

@@ -13,6 +13,7 @@ from market.placement import Classes, ShareRequest
 from market.scheduler.core import Core
 from market.types import (
     TERM_MAX_S,
+    Bounds,
     Deployment,
     Lease,
     Mode,
@@ -254,7 +255,7 @@ class Orders:
             model=lease.model,
             mode=Mode.LEASE,
             engine=lease.engine,
-            replicas=1,
+            bounds=Bounds(),
             created_at=now,
             tenant_id=lease.tenant_id,
             lease_id=lease.lease_id,

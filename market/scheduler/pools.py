@@ -11,9 +11,10 @@ from market.catalog import Model
 from market.errors import Conflict, InvalidRequest, NoCapacity
 from market.matching import Misfit
 from market.scheduler.core import Core
-from market.types import Deployment, Mode, Offer, Place, Replica, ReplicaState
+from market.types import Bounds, Deployment, Mode, Offer, Place, Replica, ReplicaState
 
 REPLICAS_MAX = 64
+KEEP_ALIVE_LEAST_S = 1.0
 
 
 class Pools:
@@ -23,28 +24,50 @@ class Pools:
         self._core = core
 
     async def open(
-        self, model_name: str, engine: str | None, replicas: int, dry_run: bool
+        self, model_name: str, engine: str | None, bounds: Bounds, dry_run: bool
     ) -> tuple[Deployment, tuple[Replica, ...]]:
-        """Sell a model's tokens to everybody; asking again for the same returns what is there.
+        """Sell a model's tokens to everybody; asked again, the bounds are changed to these.
 
-        Raises InvalidRequest, NotFound, Conflict, or NoCapacity that says what is missing.
+        It begins with as many replicas as it must have at least. Raises InvalidRequest, NotFound,
+        Conflict, or NoCapacity that says what is missing.
         """
-        if not 1 <= replicas <= REPLICAS_MAX:
-            raise InvalidRequest(f"replicas must be 1 to {REPLICAS_MAX}, got {replicas}")
+        _check(bounds)
         core, model = self._core, catalog.find(model_name)
         if await core.ledger.rate_card(model.name) is None:
             raise InvalidRequest(f"model {model.name} has no price, so it cannot be served")
         async with core.lock:
             for known in core.state.deployments.values():
                 if known.model == model.name and known.mode is Mode.TOKENS:
-                    _require_same(known, core.replicas_of(known.deployment_id), engine, replicas)
-                    return known, tuple(core.replicas_of(known.deployment_id))
-            places = self._pool_places(model, replicas)
+                    _require_same(known, core.replicas_of(known.deployment_id), engine)
+                    changed = replace(known, bounds=bounds)
+                    if changed != known and not dry_run:
+                        await core.store.save([changed])
+                    return changed, tuple(core.replicas_of(known.deployment_id))
+            # Also one that begins with none must fit somewhere.
+            places = self._pool_places(model, max(1, bounds.minimum))
             if engine is None:
                 physical = [p for p in places if self._is_physical(p)]
                 engine = "vllm" if physical and not model.embeds else "transformers"
             await asyncio.to_thread(core.cluster.check, model, engine)
-            return await self._store_pool(model, engine, places, dry_run)
+            deployment = self._deployment(model, engine, bounds)
+            fresh = [
+                self._pool_replica(deployment, place, number)
+                for number, place in enumerate(places[: bounds.minimum])
+            ]
+            if not dry_run:
+                for replica in fresh:
+                    core.book_replica(replica)
+                await core.store.save([deployment, *fresh])
+            return deployment, tuple(fresh)
+
+    async def add_replica(self, deployment_id: str) -> Misfit | None:
+        """One more replica, or why there is no room for it. Under the lock."""
+        deployment = self._core.state.deployments[deployment_id]
+        found = self._find_pool_places(catalog.find(deployment.model), 1)
+        if isinstance(found, Misfit):
+            return found
+        await self._add(deployment, found[0])
+        return None
 
     async def replace_lost(self, replica: Replica, reason: str) -> bool:
         """Run a pool's replica elsewhere, if there is room. Under the lock."""
@@ -56,11 +79,10 @@ class Pools:
         if isinstance(found, Misfit):
             return False
         gone = replace(replica, state=ReplicaState.STOPPING, reason=reason)
-        others = core.replicas_of(deployment.deployment_id)
-        number = 1 + max(int(r.replica_id.rpartition("-")[2]) for r in others)
-        fresh = self._pool_replica(deployment, found[0], number)
-        core.book_replica(fresh)
-        await core.store.save([gone, fresh])
+        if replica.state is not ReplicaState.DRAINING:
+            await self._add(deployment, found[0], gone)
+        else:
+            await core.store.save([gone])
         return True
 
     async def leave(self, offer: Offer) -> None:
@@ -85,24 +107,23 @@ class Pools:
             await self._core.store.save([stopping, *(stop(replica) for replica in replicas)])
             return stopping
 
-    async def _store_pool(
-        self, model: Model, engine: str, places: Sequence[Place], dry_run: bool
-    ) -> tuple[Deployment, tuple[Replica, ...]]:
+    async def _add(self, deployment: Deployment, place: Place, *gone: Replica) -> None:
+        fresh = self._pool_replica(deployment, place, deployment.made)
+        self._core.book_replica(fresh)
+        counted = replace(deployment, made=deployment.made + 1)
+        await self._core.store.save([*gone, counted, fresh])
+
+    def _deployment(self, model: Model, engine: str, bounds: Bounds) -> Deployment:
         now = self._core.clock.now()
-        deployment = Deployment(
+        return Deployment(
             deployment_id=f"{model.name.replace('.', '-')}-{now:%Y%m%d%H%M%S%f}",
             model=model.name,
             mode=Mode.TOKENS,
             engine=engine,
-            replicas=len(places),
+            bounds=bounds,
             created_at=now,
+            made=bounds.minimum,
         )
-        fresh = [self._pool_replica(deployment, place, n) for n, place in enumerate(places)]
-        if not dry_run:
-            for replica in fresh:
-                self._core.book_replica(replica)
-            await self._core.store.save([deployment, *fresh])
-        return deployment, tuple(fresh)
 
     def _pool_replica(self, deployment: Deployment, place: Place, number: int) -> Replica:
         return Replica(
@@ -142,9 +163,23 @@ class Pools:
         return bool(place.gpu_indices) and not offer.logical
 
 
-def _require_same(
-    known: Deployment, replicas: Sequence[Replica], engine: str | None, count: int
-) -> None:
+def _check(bounds: Bounds) -> None:
+    """Raises InvalidRequest."""
+    least, most = bounds.minimum, bounds.maximum
+    if not 0 <= least <= most or not 1 <= most <= REPLICAS_MAX:
+        raise InvalidRequest(
+            f"replicas must be MIN:MAX with 0 <= MIN <= MAX and MAX 1 to {REPLICAS_MAX}, "
+            f"got {least}:{most}",
+            param="replicas",
+        )
+    if bounds.keep_alive_s is not None and bounds.keep_alive_s < KEEP_ALIVE_LEAST_S:
+        raise InvalidRequest(
+            f"keep_alive: {KEEP_ALIVE_LEAST_S:g} s at least, got {bounds.keep_alive_s:g}",
+            param="keep_alive",
+        )
+
+
+def _require_same(known: Deployment, replicas: Sequence[Replica], engine: str | None) -> None:
     """Raises Conflict if the pool that is there is not the one asked for."""
     failed = [r for r in replicas if r.state is ReplicaState.FAILED]
     if known.stopping or (failed and len(failed) == len(replicas)):
@@ -152,8 +187,8 @@ def _require_same(
         raise Conflict(
             f"{known.model} is {state}; run market undeploy {known.model}, then deploy again"
         )
-    if count != known.replicas or engine not in (None, known.engine):
+    if engine not in (None, known.engine):
         raise Conflict(
-            f"{known.model} is deployed with {known.replicas} replica(s) of {known.engine}; "
+            f"{known.model} is deployed with {known.engine}; "
             f"run market undeploy {known.model} first"
         )

@@ -150,6 +150,9 @@ def _steps(
         return _mark(replica, ReplicaState.FREEING, "its processes are ending")
     if replica.state is ReplicaState.FREEING:
         return _free(replica, offers, seen)
+    if replica.state is ReplicaState.DRAINING:
+        there = app is not None and not app.failed and _lives(offers, replica.place)
+        return [] if there else _mark(replica, ReplicaState.STOPPING, replica.reason)
     if app is None:
         return _again(replica, offers, busy)
     if not _lives(offers, replica.place) and replica.state is not ReplicaState.FAILED:

@@ -8,7 +8,6 @@ import logging
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 
 from market import catalog, leases
 from market.accounts import HoldResult
@@ -17,6 +16,7 @@ from market.errors import Conflict, InvalidRequest, NotFound, PermissionDenied
 from market.leases import Event
 from market.ports import Clock
 from market.scheduler.core import Cluster, Core, LedgerPort, SendUsage
+from market.scheduler.elastic import Elastic
 from market.scheduler.keeper import Keeper
 from market.scheduler.nodes import Nodes, Proof
 from market.scheduler.orders import Orders, Quote
@@ -24,6 +24,7 @@ from market.scheduler.pools import Pools
 from market.scheduler.shares import GatewayOrders, GatewayReport, Shares
 from market.scheduler.store import Store
 from market.types import (
+    Bounds,
     Deployment,
     DeploymentState,
     Lane,
@@ -45,6 +46,8 @@ from market.types import (
 logger = logging.getLogger(__name__)
 
 CLOSED_SHOWN = 50
+# Deployments that scale to zero are waited for in these states.
+WAKING = (DeploymentState.COLD, DeploymentState.WAITING, DeploymentState.STARTING)
 
 
 def exit_process() -> None:
@@ -73,7 +76,10 @@ class Scheduler:
         self._orders = Orders(self._core)
         self._pools = Pools(self._core)
         self._shares = Shares(clock, ledger)
-        self._keeper = Keeper(self._core, self._nodes, self._orders, self._pools, send)
+        self._elastic = Elastic(self._core, self._pools, self._shares)
+        self._keeper = Keeper(
+            self._core, self._nodes, self._orders, self._pools, self._elastic, send
+        )
         self._task: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -200,10 +206,10 @@ class Scheduler:
     # -- what runs -------------------------------------------------------------------------
 
     async def open_pool(
-        self, model: str, engine: str | None, replicas: int, dry_run: bool
+        self, model: str, engine: str | None, bounds: Bounds, dry_run: bool
     ) -> tuple[Deployment, tuple[Replica, ...]]:
         """Sell a model's tokens to everybody. See Pools.open."""
-        return await self._pools.open(model, engine, replicas, dry_run)
+        return await self._pools.open(model, engine, bounds, dry_run)
 
     async def deployments(self) -> list[tuple[Deployment, tuple[Replica, ...]]]:
         """What should run with its replicas, oldest first."""
@@ -259,10 +265,13 @@ class Scheduler:
                 ready.extend(self._route(deployment, replica) for replica in serving)
             else:
                 state, why = deployment_state(deployment, replicas)
-                reason = f"{state}, {why}"
                 starting.append(
                     NotReady(
-                        deployment.model, deployment.deployment_id, deployment.tenant_id, reason
+                        deployment.model,
+                        deployment.deployment_id,
+                        deployment.tenant_id,
+                        f"{state}, {why}",
+                        wakes=deployment.bounds.minimum == 0 and state in WAKING,
                     )
                 )
         return RouteTable(tuple(ready), tuple(starting))
@@ -273,6 +282,8 @@ class Scheduler:
 
     async def sync(self, report: GatewayReport) -> GatewayOrders:
         """What a gateway says of itself, and what it must know."""
+        if report.cold:
+            self._keeper.hurry()
         return self._shares.sync(report, await self.routes())
 
     async def status(self) -> dict[str, int]:
@@ -292,7 +303,6 @@ class Scheduler:
             lane=Lane.TOKENS if deployment.lease_id is None else Lane.LEASE,
             deployment_id=deployment.deployment_id,
             app_name=replica.app_name,
-            model_path=str(Path(self._config.models_dir) / model.name),
             max_context_tokens=model.served_context_tokens,
             provider_id=offer.provider_id,
             node_id=offer.node_id,
@@ -322,5 +332,8 @@ def deployment_state(
         found = [replica for replica in replicas if replica.state is seen]
         if found:
             return state, found[0].reason
-    waits = deployment.mode is Mode.LEASE
-    return DeploymentState.WAITING, "booked for later" if waits else "replica on its way out"
+    if deployment.mode is Mode.LEASE:
+        return DeploymentState.WAITING, "booked for later"
+    if deployment.bounds.minimum == 0:
+        return DeploymentState.COLD, "scaled to zero; the next request starts it"
+    return DeploymentState.WAITING, "no replica yet"

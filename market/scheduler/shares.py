@@ -2,10 +2,11 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from market.accounts import HoldResult
+from market.autoscaling import Demand
 from market.fairness import PoolLedger, PoolReport, PoolShare
 from market.ports import Clock
 from market.types import HoldChange, HoldRequest, RouteTable, SliceAsk
@@ -19,6 +20,9 @@ RECALL_S = 2.0
 # While a pool is contended, a slice pays for so many seconds of its tenant's fair share.
 SHARE_S = 2.0
 RATE_TAU_S = 10.0
+# A gateway that has reported so long after a replica began to drain knew of it, and sends nothing
+# more there.
+DRAINING_KNOWN_S = 2.0
 
 
 class SliceLedger(Protocol):
@@ -35,12 +39,18 @@ class SliceLedger(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GatewayReport:
-    """What a gateway says twice a second. ``limited_keys`` were used lately and have limits."""
+    """What a gateway says twice a second. ``limited_keys`` were used lately and have limits.
+
+    ``cold``: requests that wait for a model to start. ``streams``: answers under way by replica
+    (application).
+    """
 
     producer: str
     epoch: int
     pools: Mapping[str, PoolReport]
     limited_keys: frozenset[str]
+    cold: Mapping[str, int] = field(default_factory=dict)
+    streams: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +135,33 @@ class Shares:
         """Whether anybody waits for a pool."""
         pool = self._pools.get(pool_name)
         return pool is not None and pool.contended
+
+    @property
+    def heard(self) -> bool:
+        """Whether any gateway has said what it does: else nobody knows what is asked."""
+        return bool(self._gateways)
+
+    def demand(self, pool_name: str) -> Demand:
+        """What all gateways together ask of a pool."""
+        reports = [gateway.report for gateway in self._gateways.values()]
+        pools = [report.pools[pool_name] for report in reports if pool_name in report.pools]
+        return Demand(
+            running=sum(pool.running for pool in pools),
+            waiting=sum(pool.waiting for pool in pools),
+            cold=sum(report.cold.get(pool_name, 0) for report in reports),
+            finished_per_s=sum(pool.finished_per_s for pool in pools),
+        )
+
+    def streams(self, app_name: str) -> int:
+        """Answers under way on a replica."""
+        return sum(g.report.streams.get(app_name, 0) for g in self._gateways.values())
+
+    def is_quiet(self, app_name: str, draining_since_s: float) -> bool:
+        """Whether nobody uses a replica that drains, nor will."""
+        known_s = draining_since_s + DRAINING_KNOWN_S
+        return self.streams(app_name) == 0 and all(
+            gateway.heard_s > known_s for gateway in self._gateways.values()
+        )
 
     def _sized(self, ask: SliceAsk, wanted_pico: int, minimum_pico: int) -> int:
         pool = self._pools.get(ask.model)

@@ -18,6 +18,7 @@ from market.errors import Overloaded
 from market.scheduler import tables
 from market.storage import Stateless, StorageFull, upsert
 from market.types import (
+    Bounds,
     CloseReason,
     Deployment,
     Gpu,
@@ -31,6 +32,7 @@ from market.types import (
     Place,
     Replica,
     ReplicaState,
+    StartCost,
     UsageRecord,
 )
 
@@ -38,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 LOCK_PATIENCE_S = 5.0
 
-Value = Offer | Order | Lease | Deployment | Replica
+Value = Offer | Order | Lease | Deployment | Replica | StartCost
 
 
 @dataclass
@@ -50,6 +52,7 @@ class State:
     leases: dict[str, Lease] = field(default_factory=dict)
     deployments: dict[str, Deployment] = field(default_factory=dict)
     replicas: dict[str, Replica] = field(default_factory=dict)
+    starts: dict[str, StartCost] = field(default_factory=dict)
     outbox: dict[int, tuple[str, UsageRecord]] = field(default_factory=dict)
     epoch: int = 0
     next_seq: int = 0
@@ -161,6 +164,7 @@ _TABLES: dict[type, Table] = {
     Lease: tables.leases,
     Deployment: tables.deployments,
     Replica: tables.replicas,
+    StartCost: tables.starts,
 }
 
 
@@ -197,6 +201,9 @@ def _row(value: Value) -> dict[str, Any]:
         return _plain(value) | {"gpus": json.dumps([asdict(gpu) for gpu in value.gpus])}
     if isinstance(value, Lease):
         return _plain(value) | {"gpu_indices": json.dumps(value.gpu_indices)}
+    if isinstance(value, Deployment):
+        row = _plain(value)
+        return row | _plain(row.pop("bounds"))
     if isinstance(value, Replica):
         row = _plain(value)
         place = _plain(row.pop("place"))
@@ -222,6 +229,9 @@ def _value(kind: type, row: Row[Any]) -> Value:
         values["close_reason"] = None if reason is None else CloseReason(reason)
         return Lease(**values | {"state": LeaseState(values["state"])})
     if kind is Deployment:
-        return Deployment(**values | {"mode": Mode(values["mode"])})
+        bounds = Bounds(**{f.name: values.pop(f.name) for f in fields(Bounds)})
+        return Deployment(**values | {"mode": Mode(values["mode"]), "bounds": bounds})
+    if kind is StartCost:
+        return StartCost(**values)
     place = Place(**{f.name: values.pop(f.name) for f in fields(Place)})
     return Replica(**values | {"place": place, "state": ReplicaState(values["state"])})

@@ -4,6 +4,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    Float,
     Integer,
     LargeBinary,
     MetaData,
@@ -132,11 +133,15 @@ deployments = Table(
     Column("model", String, nullable=False),
     Column("mode", String, nullable=False),
     Column("engine", String, nullable=False),
-    Column("replicas", Integer, nullable=False),
+    Column("minimum", Integer, nullable=False),
+    Column("maximum", Integer, nullable=False),
+    Column("spend_max_pico", Pico),
+    Column("keep_alive_s", Float),
     Column("created_at", Moment, nullable=False),
     Column("tenant_id", String),
     Column("lease_id", String),
     Column("stopping", Boolean, nullable=False),
+    Column("made", Integer, nullable=False),
 )
 
 replicas = Table(
@@ -151,6 +156,16 @@ replicas = Table(
     Column("state", String, nullable=False),
     Column("reason", Text, nullable=False),
     Column("created_at", Moment, nullable=False),
+)
+
+# How long starts took: what waking a model costs is measured, not assumed.
+starts = Table(
+    "starts",
+    metadata,
+    Column("start_id", String, primary_key=True),
+    Column("seconds", Float, nullable=False),
+    Column("count", Integer, nullable=False),
+    Column("measured_at", Moment, nullable=False),
 )
 
 # Lease segments on their way to the ledger, in the transaction that metered them.

@@ -10,6 +10,7 @@ import os
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
+from market.credit import WHOLE_BLOCK_TOKENS
 from market.errors import EngineFailed, InvalidRequest
 from market.types import (
     EngineChunk,
@@ -88,6 +89,8 @@ class VllmEngine:
         try:
             chat = None if request.chat is None else self._chat(request)
             parameters = to_vllm(sampling, request.grammar, chat)
+            if not request.stream:
+                parameters.stream_interval = WHOLE_BLOCK_TOKENS
             more = {} if chat is None else chat.engine_arguments()
             outputs = self._engine.generate(
                 prompt, parameters, request_id=request.request_id, **more

@@ -107,6 +107,15 @@ class TestCounts:
         chunks = await run(real, ask(1, prompt))
         assert chunks[-1].counts.input_tokens == CONTEXT - 1
 
+    async def test_answer_in_blocks_is_the_streamed_one(self, vllm):
+        asked = ask(100, temperature=1.0, seed=7, logprobs=2)
+        streamed = await run(vllm, asked)
+        whole = await run(vllm, msgspec.structs.replace(asked, request_id="whole", stream=False))
+        assert (tokens(whole), text(whole)) == (tokens(streamed), text(streamed))
+        assert sum(len(chunk.logprobs) for chunk in whole) == 100
+        assert len(whole) <= 5
+        assert whole[-1].counts.output_tokens == 100
+
     async def test_concurrent_answers_do_not_mix(self, real):
         alone = [tokens(await run(real, ask(12, PROMPT[n:]))) for n in range(4)]
         together = await asyncio.gather(*(run(real, ask(12, PROMPT[n:])) for n in range(4)))

@@ -71,6 +71,9 @@ class Routes(FakeRoutes):
     def ready(self, principal):
         return [ROUTE]
 
+    def waking(self, principal):
+        return []
+
     async def prompter(self, route):
         return FakePrompter()
 

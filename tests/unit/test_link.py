@@ -6,7 +6,7 @@ import contextlib
 import msgspec
 import pytest
 
-from market.credit import Credit, within
+from market.credit import WHOLE_BLOCK_TOKENS, Credit, within
 from market.errors import EngineFailed, InvalidRequest, Overloaded
 from market.types import (
     EngineChunk,
@@ -18,7 +18,7 @@ from market.types import (
     TokenLogprob,
 )
 from serve_apps.frames import Abort, Open, merge
-from serve_apps.link import WHOLE_BLOCK_TOKENS, Link, LinkServer
+from serve_apps.link import Link, LinkServer
 
 HOST = "127.0.0.1"
 

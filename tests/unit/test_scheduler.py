@@ -17,11 +17,14 @@ from market.errors import (
     NoCapacity,
     NotFound,
 )
+from market.fairness import PoolReport
 from market.fakes import FakeClock, FakeCluster, MemoryLedger
 from market.scheduler.nodes import Proof
 from market.scheduler.service import Scheduler, deployment_state
+from market.scheduler.shares import GatewayReport
 from market.types import (
     AppStatus,
+    Bounds,
     CloseReason,
     DeploymentState,
     Gpu,
@@ -115,9 +118,8 @@ async def farm(tmp_path):
     return made
 
 
-async def pool(scheduler, model="tiny-qwen", **changes):
-    order = {"engine": None, "replicas": 1, "dry_run": False} | changes
-    return await scheduler.open_pool(model, **order)
+async def pool(scheduler, model="tiny-qwen", engine=None, dry_run=False, **bounds):
+    return await scheduler.open_pool(model, engine, Bounds(**bounds), dry_run)
 
 
 def order(number=1, **changes):
@@ -208,12 +210,12 @@ class TestPools:
     @pytest.mark.parametrize(
         ("changes", "error"),
         [
-            ({"replicas": 0}, InvalidRequest),
+            ({"minimum": 0, "maximum": 0}, InvalidRequest),
             ({"engine": "magic"}, InvalidRequest),
             ({"model": "smollm2-360m"}, InvalidRequest),
             ({"model": "nothing-like-it"}, NotFound),
             ({"model": "qwen-7b"}, NoCapacity),
-            ({"replicas": 60}, NoCapacity),
+            ({"minimum": 60, "maximum": 60}, NoCapacity),
         ],
     )
     async def test_what_cannot_be_is_refused_and_changes_nothing(self, box, changes, error):
@@ -226,9 +228,8 @@ class TestPools:
         async with box.opened() as scheduler:
             await pool(scheduler)
             assert await pool(scheduler) == (await scheduler.deployments())[0]
-            for changes in ({"engine": "vllm"}, {"replicas": 2}):
-                with pytest.raises(Conflict):
-                    await pool(scheduler, **changes)
+            with pytest.raises(Conflict):
+                await pool(scheduler, engine="vllm")
 
     async def test_failed_deployment_keeps_its_reason_until_it_is_removed(self, box):
         async with box.opened() as scheduler:
@@ -242,11 +243,166 @@ class TestPools:
 
     async def test_replicas_are_applications_of_their_own_at_exact_places(self, farm):
         async with farm.opened() as scheduler:
-            _, replicas = await pool(scheduler, replicas=3)
+            _, replicas = await pool(scheduler, minimum=3, maximum=3)
             assert {r.place.gpu_indices for r in replicas} <= {(0,), (1,)}
             await farm.rounds(scheduler, 10, 1)
             assert len((await scheduler.routes()).ready) == 3
             assert len(farm.cluster.apps) == 3
+
+
+class Demands:
+    """A gateway that says what the test wants, once a second."""
+
+    def __init__(self, box, scheduler):
+        self.box, self.scheduler = box, scheduler
+
+    async def __call__(self, seconds, cold=(), streams=(), **running):
+        """For so long; ``running`` is by model, with dashes for underscores."""
+        for _ in range(seconds):
+            pools = {
+                name.replace("_", "-"): PoolReport(count, 0, {}, {}, frozenset(), {})
+                for name, count in running.items()
+            }
+            report = GatewayReport(
+                "gw0", 1, pools, frozenset(), dict(cold), {} if not streams else dict(streams)
+            )
+            await self.scheduler.sync(report)
+            self.box.clock.advance(1)
+            await self.box.round(self.scheduler)
+
+
+class TestElasticPools:
+    async def test_begins_with_its_minimum_and_wakes_for_the_first_request(self, box):
+        async with box.opened() as scheduler:
+            demands = Demands(box, scheduler)
+            deployment, replicas = await pool(scheduler, minimum=0, maximum=2)
+            assert replicas == ()
+            await demands(5)
+            assert await states(scheduler) == [DeploymentState.COLD]
+            (entry,) = (await scheduler.routes()).starting
+            assert entry.wakes
+            await demands(2, cold={"tiny-qwen": 3})
+            (route,) = (await scheduler.routes()).ready
+            assert route.deployment_id == deployment.deployment_id
+            assert await states(scheduler) == [DeploymentState.READY]
+
+    async def test_one_that_fits_nowhere_is_refused_though_it_begins_with_none(self, box):
+        async with box.opened() as scheduler:
+            with pytest.raises(NoCapacity):
+                await pool(scheduler, "qwen-7b", minimum=0, maximum=1)
+
+    async def test_grows_with_demand_and_shrinks_late(self, farm):
+        async with farm.opened() as scheduler:
+            demands = Demands(farm, scheduler)
+            await pool(scheduler, minimum=1, maximum=4)
+            await demands(6, tiny_qwen=300)  # of 128 places each; starts on a GPU queue
+            assert len((await scheduler.routes()).ready) == 3
+            await demands(100, tiny_qwen=10)
+            assert len((await scheduler.routes()).ready) == 3
+            await demands(60, tiny_qwen=10)
+            assert len((await scheduler.routes()).ready) == 1
+            await demands(60, tiny_qwen=10)
+            assert len(farm.cluster.apps) == 1
+
+    async def test_stream_keeps_its_replica_and_new_demand_takes_it_back(self, farm):
+        async with farm.opened() as scheduler:
+            demands = Demands(farm, scheduler)
+            await pool(scheduler, minimum=1, maximum=2)
+            await demands(3, tiny_qwen=200)
+            busy = {route.app_name: 1 for route in (await scheduler.routes()).ready}
+            assert len(busy) == 2
+            await demands(400, streams=busy, tiny_qwen=2)
+            assert len((await scheduler.routes()).ready) == 1
+            assert len(farm.cluster.apps) == 2  # it drains as long as the stream lasts
+            await demands(3, streams=busy, tiny_qwen=200)
+            assert {r.app_name for r in (await scheduler.routes()).ready} == set(busy)
+
+    async def test_sleeps_after_its_keep_alive_and_frees_the_gpu(self, farm):
+        async with farm.opened() as scheduler:
+            demands = Demands(farm, scheduler)
+            await pool(scheduler, minimum=0, maximum=1, keep_alive_s=30)
+            await demands(2, cold={"tiny-qwen": 1})
+            await demands(20, tiny_qwen=1)
+            await demands(25)
+            assert await states(scheduler) == [DeploymentState.READY]
+            await demands(15)
+            assert await states(scheduler) == [DeploymentState.COLD]
+            assert farm.cluster.apps == {}
+            assert scheduler._core.state.replicas == {}
+
+    async def test_nothing_shrinks_while_no_gateway_is_heard(self, farm):
+        async with farm.opened() as scheduler:
+            await pool(scheduler, minimum=0, maximum=1, keep_alive_s=30)
+            await Demands(farm, scheduler)(2, cold={"tiny-qwen": 1})
+            scheduler._shares._gateways.clear()
+            await farm.rounds(scheduler, 300)
+            assert await states(scheduler) == [DeploymentState.READY]
+
+    async def test_bounds_may_be_changed_while_it_serves(self, farm):
+        async with farm.opened() as scheduler:
+            demands = Demands(farm, scheduler)
+            first, _ = await pool(scheduler)
+            await demands(2)
+            again, _ = await pool(scheduler, minimum=2, maximum=2)
+            assert again.deployment_id == first.deployment_id
+            await demands(2)
+            assert len((await scheduler.routes()).ready) == 2
+            with pytest.raises(InvalidRequest, match="MIN:MAX"):
+                await pool(scheduler, minimum=3, maximum=2)
+
+    async def test_budget_bounds_it(self, farm):
+        async with farm.opened() as scheduler:
+            share = -(-catalog.find("tiny-qwen").memory_mib * 1000 // 24_564)
+            spend_max_pico = 10**12 * share * 2 // 1000
+            await pool(scheduler, minimum=0, maximum=8, spend_max_pico=spend_max_pico)
+            demands = Demands(farm, scheduler)
+            await demands(2, cold={"tiny-qwen": 1})
+            await demands(5, tiny_qwen=1000)
+            assert len((await scheduler.routes()).ready) == 2
+            (deployment, _) = (await scheduler.deployments())[0]
+            assert "budget" in scheduler._elastic.reason(deployment.deployment_id)
+
+    async def test_failed_replica_is_not_started_again_and_again(self, box):
+        async with box.opened() as scheduler:
+            demands = Demands(box, scheduler)
+            await pool(scheduler, minimum=0, maximum=3)
+            await demands(2, cold={"tiny-qwen": 1})
+            (app,) = box.cluster.apps
+            box.cluster.apps[app] = AppStatus(None, True, "no memory")
+            await demands(1, cold={"tiny-qwen": 1})
+            await demands(20, cold={"tiny-qwen": 500})
+            assert len(scheduler._core.state.replicas) == 1
+            (entry,) = (await scheduler.routes()).starting
+            assert not entry.wakes
+            assert "no memory" in entry.reason
+
+    async def test_starts_are_measured_and_kept(self, farm):
+        async with farm.opened() as scheduler:
+            farm.cluster.instant = False
+            await pool(scheduler)
+            await farm.rounds(scheduler, 40, 5)
+            farm.cluster.ready()
+            await farm.rounds(scheduler, 1, 1)
+        async with farm.opened() as scheduler:
+            (cost,) = scheduler._core.state.starts.values()
+            assert cost.start_id.startswith("tiny-qwen/transformers/a10")
+            assert 35 <= cost.seconds <= 41  # rounds are five seconds apart here
+
+    async def test_idle_model_makes_room_for_one_that_is_asked_but_never_a_lease(self, farm):
+        """Two whole GPUs: one leased, the other shared in turn."""
+        small = replace(FARM, gpus=tuple(Gpu(n, "a10", 1500) for n in (0, 1)))
+        farm.offers = [small]
+        async with farm.opened() as scheduler:
+            demands = Demands(farm, scheduler)
+            booked = await lease(scheduler, 1)
+            await demands(2)
+            await pool(scheduler, "tiny-qwen", minimum=0, maximum=1)
+            await pool(scheduler, "tiny-embed", minimum=0, maximum=1)
+            for asked, other in (("tiny-qwen", "tiny-embed"), ("tiny-embed", "tiny-qwen")) * 2:
+                await demands(14, cold={asked: 1})
+                ready = [r.model for r in (await scheduler.routes()).ready if r.lease_id is None]
+                assert ready == [asked], other
+            assert (await scheduler.lease(booked.lease_id)).state is LeaseState.ACTIVE
 
 
 class TestLeases:

@@ -19,11 +19,15 @@ def upgrade() -> None:
         sa.Column("model", sa.String(), nullable=False),
         sa.Column("mode", sa.String(), nullable=False),
         sa.Column("engine", sa.String(), nullable=False),
-        sa.Column("replicas", sa.Integer(), nullable=False),
+        sa.Column("minimum", sa.Integer(), nullable=False),
+        sa.Column("maximum", sa.Integer(), nullable=False),
+        sa.Column("spend_max_pico", market.storage.Pico(), nullable=True),
+        sa.Column("keep_alive_s", sa.Float(), nullable=True),
         sa.Column("created_at", market.storage.Moment(), nullable=False),
         sa.Column("tenant_id", sa.String(), nullable=True),
         sa.Column("lease_id", sa.String(), nullable=True),
         sa.Column("stopping", sa.Boolean(), nullable=False),
+        sa.Column("made", sa.Integer(), nullable=False),
         sa.PrimaryKeyConstraint("deployment_id"),
     )
     op.create_table(
@@ -150,6 +154,14 @@ def upgrade() -> None:
         sa.Column("reason", sa.Text(), nullable=False),
         sa.Column("created_at", market.storage.Moment(), nullable=False),
         sa.PrimaryKeyConstraint("replica_id"),
+    )
+    op.create_table(
+        "starts",
+        sa.Column("start_id", sa.String(), nullable=False),
+        sa.Column("seconds", sa.Float(), nullable=False),
+        sa.Column("count", sa.Integer(), nullable=False),
+        sa.Column("measured_at", market.storage.Moment(), nullable=False),
+        sa.PrimaryKeyConstraint("start_id"),
     )
     op.create_table(
         "sender",

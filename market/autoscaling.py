@@ -1,0 +1,224 @@
+"""How many replicas a pool should have. Pure: a snapshot in, a decision with its reason out.
+
+Up at once, down late. A pool needs as many replicas as the larger of two says: requests that run or
+wait against places, and requests that wait against the rate at which others finish. It shrinks to
+the most that it needed within the last while (stabilisation as in Kubernetes' horizontal
+autoscaler), so a load that comes and goes does not make it flap; it falls to zero when holding an
+idle replica has cost as much as waking it would (the ski-rental rule: at most twice the cost of
+knowing the future; Karlin et al., 1988).
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from market.types import Bounds
+
+# Of a pool's places, so many may be in use before another replica is worth its start.
+PLACES_USED = 0.8
+WHOLE_MILLI = 1000
+# Whoever waits is to be served within this time.
+WAIT_S = 5.0
+STABLE_S = 120.0
+STABLE_STARTS = 3.0
+KEEP_ALIVE_MIN_S = 30.0
+KEEP_ALIVE_MAX_S = 3600.0
+# Where an idle replica costs nobody anything.
+KEEP_ALIVE_FREE_S = 300.0
+# What the market takes an hour of a user's waiting to be worth, in the currency (pico units).
+WAITING_HOUR_PICO = 10 * 10**12
+
+
+class Signal(StrEnum):
+    """What a decision follows."""
+
+    BOUNDS = "bounds"
+    REQUESTS = "requests"
+    BACKLOG = "backlog"
+    BUDGET = "budget"
+    IDLE = "idle"
+    STEADY = "steady"
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What is asked of a pool right now, over all gateways.
+
+    ``cold``: requests for which no replica is there. ``finished_per_s``: requests.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    cold: int = 0
+    finished_per_s: float = 0.0
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody asks for anything."""
+        return not (self.running or self.waiting or self.cold)
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Of one replica: what an hour of its GPUs is offered for, and how long it takes to start."""
+
+    hour_pico: int
+    start_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A pool as it is: ``replicas`` that serve or start, of them ``serving``, with ``places`` each.
+
+    ``peak``: the most that was needed within ``stable_s``; ``idle_s``: for how long nobody has
+    asked for anything.
+    """
+
+    bounds: Bounds
+    costs: Costs
+    demand: Demand
+    places: int
+    replicas: int
+    serving: int
+    peak: int = 0
+    idle_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """How many replicas there should be, and why in words."""
+
+    replicas: int
+    signal: Signal
+    reason: str
+
+
+def needed(pool: Snapshot) -> Decision:
+    """What the demand alone asks for, whatever is allowed."""
+    demand, now = pool.demand, max(1, pool.serving)
+    asked = demand.running + demand.waiting + demand.cold
+    found = [
+        Decision(
+            math.ceil(asked / (pool.places * PLACES_USED)),
+            Signal.REQUESTS,
+            f"{asked} request(s) for {pool.places} places a replica",
+        )
+    ]
+    # Only what a full pool gets done says how much a replica can do.
+    if demand.waiting and demand.finished_per_s > 0:
+        wait_s = demand.waiting / demand.finished_per_s
+        if wait_s > WAIT_S:
+            # Twice as many at most: what the rate will be then is not known before they serve.
+            more = min(2.0, wait_s / WAIT_S)
+            reason = f"the queue is {wait_s:.0f} s long"
+            found.append(Decision(math.ceil(now * more), Signal.BACKLOG, reason))
+    return max(found, key=lambda decision: decision.replicas)
+
+
+def decide(pool: Snapshot) -> Decision:
+    """How many replicas the pool should have now.
+
+    Never less than the minimum, never more than the maximum or than the budget pays for, though the
+    minimum comes before the budget.
+    """
+    wanted = needed(pool)
+    if wanted.replicas < pool.replicas:
+        wanted = _shrunk(pool, wanted)
+    least, most = pool.bounds.minimum, pool.bounds.maximum
+    bound = min(max(wanted.replicas, least), most)
+    if bound != wanted.replicas:
+        wanted = Decision(bound, Signal.BOUNDS, f"{wanted.reason}; bounds are {least}:{most}")
+    paid = _paid_for(pool)
+    if paid is not None and wanted.replicas > max(paid, least):
+        reason = f"{wanted.reason}; its GPU budget pays for {paid}"
+        wanted = Decision(max(paid, least), Signal.BUDGET, reason)
+    return wanted
+
+
+def stable_s(costs: Costs) -> float:
+    """For how long a pool keeps what it needed: no shorter than a few starts take."""
+    return max(STABLE_S, STABLE_STARTS * costs.start_s)
+
+
+def keep_alive_s(bounds: Bounds, costs: Costs) -> float:
+    """For how long an idle pool keeps its last replicas.
+
+    Break-even: the GPU's time of one start and what those who wait for it lose, over what holding
+    costs a second.
+    """
+    if bounds.keep_alive_s is not None:
+        return bounds.keep_alive_s
+    if costs.hour_pico == 0:
+        return KEEP_ALIVE_FREE_S
+    even_s = costs.start_s * (1 + WAITING_HOUR_PICO / costs.hour_pico)
+    return min(max(even_s, KEEP_ALIVE_MIN_S), KEEP_ALIVE_MAX_S)
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """A replica and the answers under way on it; ``created`` in seconds of any clock."""
+
+    replica_id: str
+    streams: int
+    serves: bool
+    created: float
+
+
+def to_drain(replicas: Iterable[Busy], count: int) -> list[str]:
+    """Which replicas go: those that do not serve yet, then the emptiest, then the newest."""
+    order = sorted(replicas, key=lambda r: (r.serves, r.streams, -r.created, r.replica_id))
+    return [replica.replica_id for replica in order[:count]]
+
+
+@dataclass(frozen=True, slots=True)
+class Idler:
+    """An idle replica in whose place another pool's may go: ``milli`` of the GPU ``place``."""
+
+    replica_id: str
+    place: str
+    milli: int
+    idle_s: float
+
+
+def to_evict(idlers: Iterable[Idler], free_milli: Mapping[str, int], milli: int) -> list[str]:
+    """The idle replicas that must go so that a share of ``milli`` fits some GPU; [] if none do.
+
+    Of the places where it can fit, the one whose idle replicas are worth least: what is idle for
+    long is least likely to be asked soon (least recently used).
+    """
+    by_place: dict[str, list[Idler]] = {}
+    for idler in idlers:
+        by_place.setdefault(idler.place, []).append(idler)
+    best: tuple[float, str, list[str]] | None = None
+    for place, here in sorted(by_place.items()):
+        free, gone, worth = free_milli.get(place, 0), [], 0.0
+        for idler in sorted(here, key=lambda i: (-i.idle_s, i.replica_id)):
+            if free >= milli:
+                break
+            free += idler.milli
+            gone.append(idler.replica_id)
+            worth += 1 / (1 + idler.idle_s)
+        if free >= milli and gone and (best is None or (worth, place) < best[:2]):
+            best = (worth, place, gone)
+    return best[2] if best is not None else []
+
+
+def _shrunk(pool: Snapshot, wanted: Decision) -> Decision:
+    """Less is needed than there is: but only what was not needed for a while goes."""
+    if pool.demand.idle:
+        limit_s = keep_alive_s(pool.bounds, pool.costs)
+        if pool.idle_s >= limit_s:
+            return Decision(0, Signal.IDLE, f"idle for {pool.idle_s:.0f} s")
+        kept = min(pool.replicas, max(1, pool.peak))
+        return Decision(kept, Signal.STEADY, f"idle, kept for {limit_s:.0f} s")
+    kept = min(pool.replicas, max(wanted.replicas, pool.peak, 1))
+    if kept > wanted.replicas:
+        return Decision(kept, Signal.STEADY, f"{kept} needed within {stable_s(pool.costs):.0f} s")
+    return wanted
+
+
+def _paid_for(pool: Snapshot) -> int | None:
+    if pool.bounds.spend_max_pico is None or pool.costs.hour_pico == 0:
+        return None
+    return pool.bounds.spend_max_pico // pool.costs.hour_pico

@@ -1,0 +1,265 @@
+"""Pools grow, shrink, sleep and wake: autoscaling.py decides, this applies it, a step a round."""
+
+import logging
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from market import autoscaling, catalog
+from market.autoscaling import Busy, Costs, Decision, Idler, Snapshot
+from market.catalog import Model
+from market.matching import Misfit, micros
+from market.scheduler.core import Core
+from market.scheduler.pools import Pools
+from market.scheduler.shares import Shares
+from market.types import Deployment, Mode, Replica, ReplicaState, StartCost
+
+logger = logging.getLogger(__name__)
+
+# Until a start was measured: imports and set-up, then the weights at the speed of a disk.
+ENGINE_START_S = {"vllm": 45.0, "transformers": 15.0}
+WEIGHTS_BYTES_PER_S = 1e9
+# Weight of the newest measurement.
+NEWEST = 0.3
+
+SERVING = (ReplicaState.READY, ReplicaState.STARTING, ReplicaState.WAITING, ReplicaState.FAILED)
+LEAVING = (ReplicaState.DRAINING, ReplicaState.STOPPING, ReplicaState.FREEING)
+
+
+@dataclass(slots=True)
+class _Memory:
+    """What a pool needed lately. May be lost: an empty one keeps what is there for a while."""
+
+    needed: deque[tuple[float, int]] = field(default_factory=deque)
+    used_s: float = 0.0
+    decision: Decision | None = None
+
+
+class Elastic:
+    """Applies one decision per pool and round. Everything under the core's lock."""
+
+    def __init__(self, core: Core, pools: Pools, shares: Shares) -> None:
+        self._core = core
+        self._pools = pools
+        self._shares = shares
+        self._memories: dict[str, _Memory] = {}
+        self._draining_since_s: dict[str, float] = {}
+        self._starting_since_s: dict[str, float] = {}
+
+    async def round(self) -> None:
+        """Bring every pool a step closer to what it needs."""
+        async with self._core.lock:
+            await self._measure_starts()
+            await self._end_drained()
+            pools = [d for d in self._core.state.deployments.values() if d.mode is Mode.TOKENS]
+            for gone in self._memories.keys() - {d.deployment_id for d in pools}:
+                del self._memories[gone]
+            for deployment in sorted(pools, key=lambda d: (d.created_at, d.deployment_id)):
+                if not deployment.stopping:
+                    await self._scale(deployment)
+
+    def reason(self, deployment_id: str) -> str:
+        """Why a pool has as many replicas as it has."""
+        memory = self._memories.get(deployment_id)
+        return "" if memory is None or memory.decision is None else memory.decision.reason
+
+    # -- one pool ------------------------------------------------------------------------------
+
+    async def _scale(self, deployment: Deployment) -> None:
+        replicas = self._core.replicas_of(deployment.deployment_id)
+        present = [r for r in replicas if r.state in SERVING]
+        decision = self._decide(deployment, present)
+        self._memories[deployment.deployment_id].decision = decision
+        failed = any(replica.state is ReplicaState.FAILED for replica in present)
+        if decision.replicas > len(present) and not failed:
+            await self._grow(deployment, decision.replicas - len(present))
+        elif decision.replicas < len(present) and self._shares.heard:
+            await self._shrink(present, len(present) - decision.replicas, decision)
+
+    def _decide(self, deployment: Deployment, present: list[Replica]) -> Decision:
+        core, model = self._core, catalog.find(deployment.model)
+        now_s = core.clock.monotonic()
+        memory = self._memories.setdefault(deployment.deployment_id, _Memory(used_s=now_s))
+        demand = self._shares.demand(deployment.model)
+        if not demand.idle:
+            memory.used_s = now_s
+        costs = self._costs(deployment, model, present)
+        pool = Snapshot(
+            bounds=deployment.bounds,
+            costs=costs,
+            demand=demand,
+            places=core.config.sequences,
+            replicas=len(present),
+            serving=sum(r.state is ReplicaState.READY for r in present),
+            idle_s=now_s - memory.used_s,
+        )
+        memory.needed.append((now_s, autoscaling.needed(pool).replicas))
+        while memory.needed[0][0] < now_s - autoscaling.stable_s(costs):
+            memory.needed.popleft()
+        return autoscaling.decide(replace(pool, peak=max(n for _, n in memory.needed)))
+
+    async def _grow(self, deployment: Deployment, count: int) -> None:
+        """Take back what drains, then start anew, or make room."""
+        draining = [
+            r
+            for r in self._core.replicas_of(deployment.deployment_id)
+            if r.state is ReplicaState.DRAINING
+        ]
+        back = [replace(r, state=ReplicaState.READY, reason="serving") for r in draining[:count]]
+        for replica in back:
+            self._draining_since_s.pop(replica.replica_id, None)
+        if back:
+            await self._core.store.save(back)
+        for _ in range(count - len(back)):
+            misfit = await self._pools.add_replica(deployment.deployment_id)
+            if misfit is not None:
+                await self._make_room(deployment, misfit)
+                return
+
+    async def _shrink(self, present: list[Replica], count: int, decision: Decision) -> None:
+        busy = [
+            Busy(
+                r.replica_id,
+                self._shares.streams(r.app_name),
+                r.state is ReplicaState.READY,
+                r.created_at.timestamp(),
+            )
+            for r in present
+        ]
+        await self._drain(autoscaling.to_drain(busy, count), decision.reason)
+
+    async def _drain(self, names: Iterable[str], reason: str) -> None:
+        state, now_s = self._core.state, self._core.clock.monotonic()
+        changed = []
+        for name in names:
+            replica = state.replicas[name]
+            # What does not serve yet has nothing to end.
+            serves = replica.state is ReplicaState.READY
+            to = ReplicaState.DRAINING if serves else ReplicaState.STOPPING
+            changed.append(replace(replica, state=to, reason=reason))
+            self._draining_since_s[name] = now_s
+        await self._core.store.save(changed)
+
+    async def _end_drained(self) -> None:
+        """Stop what drains as soon as nobody uses it: a stream keeps its replica."""
+        now_s = self._core.clock.monotonic()
+        draining = [
+            r for r in self._core.state.replicas.values() if r.state is ReplicaState.DRAINING
+        ]
+        names = {replica.replica_id for replica in draining}
+        self._draining_since_s = {n: s for n, s in self._draining_since_s.items() if n in names}
+        for replica in draining:
+            since_s = self._draining_since_s.setdefault(replica.replica_id, now_s)
+            if self._shares.heard and self._shares.is_quiet(replica.app_name, since_s):
+                await self._core.store.save([replace(replica, state=ReplicaState.STOPPING)])
+
+    # -- room ----------------------------------------------------------------------------------
+
+    async def _make_room(self, deployment: Deployment, misfit: Misfit) -> None:
+        """Put idle replicas of other pools out, if that makes room; a lease's are never touched."""
+        model = catalog.find(deployment.model)
+        for offer in self._core.offers:
+            if not offer.gpus or (offer.logical and not model.runs_on_cpu):
+                continue
+            milli = -(-model.memory_mib * 1000 // min(gpu.memory_mib for gpu in offer.gpus))
+            idlers = [
+                idler
+                for idler in self._idlers(deployment)
+                if idler.place.startswith(f"{offer.node_id}/")
+            ]
+            free = self._free_milli(offer.node_id)
+            if milli > autoscaling.WHOLE_MILLI or any(f >= milli for f in free.values()):
+                continue  # does not fit at all, or will as soon as what leaves has left
+            evicted = autoscaling.to_evict(idlers, free, milli)
+            if evicted:
+                logger.info("%s: room for it by %s", deployment.model, ", ".join(evicted))
+                await self._drain(evicted, f"idle, and {deployment.model} needs its GPU")
+                return
+        logger.info("%s cannot grow: %s", deployment.model, misfit.reason)
+
+    def _idlers(self, growing: Deployment) -> list[Idler]:
+        """Replicas of other pools that serve nobody and are more than their pool's minimum."""
+        now_s, found = self._core.clock.monotonic(), []
+        for deployment in self._core.state.deployments.values():
+            memory = self._memories.get(deployment.deployment_id)
+            if deployment.mode is not Mode.TOKENS or memory is None or deployment == growing:
+                continue
+            serving = [
+                replica
+                for replica in self._core.replicas_of(deployment.deployment_id)
+                if replica.state is ReplicaState.READY
+            ]
+            idle = [
+                r
+                for r in serving
+                if now_s > memory.used_s
+                and self._shares.streams(r.app_name) == 0
+                and len(r.place.gpu_indices) == 1
+            ]
+            for replica in idle[: max(0, len(serving) - deployment.bounds.minimum)]:
+                place = replica.place
+                found.append(
+                    Idler(
+                        replica.replica_id,
+                        f"{place.node_id}/{place.gpu_indices[0]}",
+                        place.gpu_milli,
+                        now_s - memory.used_s,
+                    )
+                )
+        return found
+
+    def _free_milli(self, node_id: str) -> dict[str, int]:
+        """Free milli by "node/GPU", with what is about to leave."""
+        core = self._core
+        offer = next(offer for offer in core.offers if offer.node_id == node_id)
+        room = core.calendar.room(node_id, micros(core.clock.now()), None)
+        free = {
+            f"{node_id}/{gpu.index}": milli for gpu, milli in zip(offer.gpus, room, strict=True)
+        }
+        for replica in core.state.replicas.values():
+            if replica.state in LEAVING and replica.place.node_id == node_id:
+                for index in replica.place.gpu_indices:
+                    free[f"{node_id}/{index}"] += replica.place.gpu_milli
+        return free
+
+    # -- costs ---------------------------------------------------------------------------------
+
+    def _costs(self, deployment: Deployment, model: Model, present: list[Replica]) -> Costs:
+        offers = self._core.state.offers
+        hours = [
+            offers[r.place.offer_id].ask_pico * r.place.gpu_milli * len(r.place.gpu_indices) // 1000
+            for r in present
+        ]
+        gpu_types = {offers[r.place.offer_id].gpu_type for r in present}
+        known = [
+            cost.seconds
+            for cost in self._core.state.starts.values()
+            if cost.start_id.startswith(f"{model.name}/{deployment.engine}/")
+            and (not gpu_types or cost.start_id.rpartition("/")[2] in gpu_types)
+        ]
+        guess_s = ENGINE_START_S[deployment.engine] + model.weights_bytes / WEIGHTS_BYTES_PER_S
+        return Costs(max(hours, default=0), max(known, default=guess_s))
+
+    async def _measure_starts(self) -> None:
+        """Keep how long starts take, as a moving mean, by model, engine and type of GPU."""
+        core, now_s = self._core, self._core.clock.monotonic()
+        starting = {
+            r.replica_id for r in core.state.replicas.values() if r.state is ReplicaState.STARTING
+        }
+        begun, self._starting_since_s = self._starting_since_s, {}
+        for name in starting:
+            self._starting_since_s[name] = begun.pop(name, now_s)
+        for name, since_s in begun.items():
+            replica = core.state.replicas.get(name)
+            if replica is None or replica.state is not ReplicaState.READY:
+                continue
+            deployment = core.state.deployments.get(replica.deployment_id)
+            if deployment is None:
+                continue
+            gpu_type = core.state.offers[replica.place.offer_id].gpu_type
+            start_id = f"{deployment.model}/{deployment.engine}/{gpu_type}"
+            known = core.state.starts.get(start_id)
+            took_s = now_s - since_s
+            mean_s = took_s if known is None else known.seconds + NEWEST * (took_s - known.seconds)
+            count = 1 if known is None else known.count + 1
+            await core.store.save([StartCost(start_id, mean_s, count, core.clock.now())])

@@ -1,0 +1,168 @@
+"""How many replicas: up at once, down late, never beyond what is allowed, always with a reason."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from market import autoscaling
+from market.autoscaling import Busy, Costs, Demand, Idler, Signal, Snapshot, decide
+from market.types import Bounds
+
+HOUR_PICO = 2 * 10**12
+COSTS = Costs(HOUR_PICO, start_s=40.0)
+POOL = Snapshot(Bounds(0, 8), COSTS, Demand(), places=10, replicas=1, serving=1, peak=1)
+
+
+def asked(pool=POOL, **demand):
+    return replace(pool, demand=Demand(**demand))
+
+
+class TestUp:
+    def test_one_request_wakes_a_cold_pool(self):
+        cold = replace(POOL, replicas=0, serving=0, peak=0)
+        decision = decide(asked(cold, cold=1))
+        assert (decision.replicas, decision.signal) == (1, Signal.REQUESTS)
+        assert "1 request(s)" in decision.reason
+
+    def test_burst_on_a_cold_pool_starts_as_many_as_it_needs_at_once(self):
+        cold = replace(POOL, replicas=0, serving=0, peak=0)
+        assert decide(asked(cold, cold=40)).replicas == 5
+
+    def test_places_in_use(self):
+        assert decide(asked(running=8)).replicas == 1
+        assert decide(asked(running=9)).replicas == 2
+
+    def test_what_starts_already_is_not_started_again(self):
+        starting = replace(POOL, replicas=3, serving=1)
+        assert decide(asked(starting, running=10, waiting=8)).replicas == 3
+
+    def test_long_queue_though_places_would_do(self):
+        decision = decide(asked(running=5, waiting=3, finished_per_s=0.1))
+        assert (decision.signal, decision.replicas) == (Signal.BACKLOG, 2)
+        assert "30 s" in decision.reason
+
+    def test_bounds_and_budget_end_it(self):
+        decision = decide(asked(running=500))
+        assert (decision.replicas, decision.signal) == (8, Signal.BOUNDS)
+        poor = replace(POOL, bounds=Bounds(0, 8, spend_max_pico=3 * HOUR_PICO + 1))
+        decision = decide(asked(poor, running=500))
+        assert (decision.replicas, decision.signal) == (3, Signal.BUDGET)
+        assert "pays for 3" in decision.reason
+
+    def test_minimum_comes_before_the_budget(self):
+        poor = replace(POOL, bounds=Bounds(2, 8, spend_max_pico=HOUR_PICO))
+        assert decide(asked(poor, running=500)).replicas == 2
+
+
+class TestDown:
+    def test_only_to_what_was_not_needed_for_a_while(self):
+        wide = replace(POOL, replicas=4, serving=4)
+        assert decide(asked(replace(wide, peak=3), running=1)).replicas == 3
+        assert decide(asked(replace(wide, peak=1), running=1)).replicas == 1
+
+    def test_not_to_zero_while_anybody_is_served(self):
+        assert decide(replace(asked(running=1), idle_s=1e9)).replicas == 1
+
+    def test_to_zero_when_holding_has_cost_as_much_as_waking_would(self):
+        even_s = autoscaling.keep_alive_s(POOL.bounds, COSTS)
+        assert even_s == pytest.approx(40 * (1 + 10 / 2))
+        assert decide(replace(POOL, peak=0, idle_s=even_s - 1)).replicas == 1
+        decision = decide(replace(POOL, peak=0, idle_s=even_s))
+        assert (decision.replicas, decision.signal) == (0, Signal.IDLE)
+
+    def test_to_the_minimum_only(self):
+        kept = replace(POOL, bounds=Bounds(1, 8), peak=0, idle_s=1e9)
+        assert decide(kept).replicas == 1
+
+    def test_keep_alive_is_what_the_operator_says(self):
+        told = replace(POOL, bounds=Bounds(0, 8, keep_alive_s=5), peak=0, idle_s=5)
+        assert decide(told).replicas == 0
+
+    def test_dearer_places_are_kept_shorter(self):
+        cheap, dear = (Costs(hour, 40.0) for hour in (HOUR_PICO // 4, HOUR_PICO * 4))
+        assert autoscaling.keep_alive_s(POOL.bounds, cheap) > autoscaling.keep_alive_s(
+            POOL.bounds, dear
+        )
+
+
+demands = st.builds(
+    Demand,
+    running=st.integers(0, 300),
+    waiting=st.integers(0, 300),
+    cold=st.integers(0, 300),
+    finished_per_s=st.floats(0, 100),
+)
+
+
+@given(
+    demand=demands,
+    least=st.integers(0, 5),
+    more=st.integers(0, 20),
+    replicas=st.integers(0, 30),
+    serving=st.integers(0, 30),
+    peak=st.integers(0, 30),
+    idle_s=st.floats(0, 10_000),
+    spend=st.none() | st.integers(0, 20 * HOUR_PICO),
+)
+def test_never_out_of_bounds_and_never_none_for_who_is_served(
+    demand, least, more, replicas, serving, peak, idle_s, spend
+):
+    most = max(1, least + more)
+    pool = Snapshot(
+        Bounds(least, most, spend),
+        COSTS,
+        demand,
+        10,
+        replicas,
+        min(serving, replicas),
+        peak,
+        idle_s,
+    )
+    decision = decide(pool)
+    assert least <= decision.replicas <= most
+    assert decision.reason
+    if spend is None and not demand.idle:
+        assert decision.replicas >= 1
+    if spend is not None:
+        assert decision.replicas <= max(least, spend // HOUR_PICO)
+
+
+def test_load_that_comes_and_goes_does_not_flap():
+    """A burst every 30 s: once up, it stays up."""
+    replicas, starts, recent = 1, 0, []
+    for second in range(600):
+        running = 40 if second % 30 < 5 else 2
+        pool = asked(replace(POOL, replicas=replicas, serving=replicas), running=running)
+        recent.append((second, autoscaling.needed(pool).replicas))
+        peak = max(n for at, n in recent if at > second - autoscaling.stable_s(COSTS))
+        wanted = decide(replace(pool, peak=peak)).replicas
+        starts += max(0, wanted - replicas)
+        replicas = wanted
+    assert (replicas, starts) == (5, 4)
+
+
+class TestWho:
+    def test_what_does_not_serve_yet_then_the_emptiest_then_the_newest_goes(self):
+        replicas = [
+            Busy("old", 2, True, 1.0),
+            Busy("full", 9, True, 2.0),
+            Busy("new", 2, True, 3.0),
+            Busy("starts", 0, False, 4.0),
+        ]
+        assert autoscaling.to_drain(replicas, 3) == ["starts", "new", "old"]
+
+    def test_least_recently_used_makes_room_and_no_more_than_needed(self):
+        idlers = [
+            Idler("a", "n/0", 300, 10),
+            Idler("b", "n/0", 300, 500),
+            Idler("c", "n/0", 300, 90),
+        ]
+        assert autoscaling.to_evict(idlers, {"n/0": 100}, 400) == ["b"]
+        assert autoscaling.to_evict(idlers, {"n/0": 100}, 700) == ["b", "c"]
+        assert autoscaling.to_evict(idlers, {"n/0": 0}, 1000) == []
+
+    def test_gpu_whose_replicas_are_worth_least(self):
+        idlers = [Idler("a", "n/0", 500, 10), Idler("b", "n/1", 500, 900)]
+        assert autoscaling.to_evict(idlers, {"n/0": 0, "n/1": 0}, 500) == ["b"]
