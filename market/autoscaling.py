@@ -9,8 +9,9 @@ knowing the future; Karlin et al., 1988).
 """
 
 import math
+from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from market.types import Bounds
@@ -134,6 +135,28 @@ def decide(pool: Snapshot) -> Decision:
         reason = f"{wanted.reason}; its GPU budget pays for {paid}"
         wanted = Decision(max(paid, least), Signal.BUDGET, reason)
     return wanted
+
+
+class Memory:
+    """What a pool needed lately, and since when it is idle. One that is lost begins anew: what is
+    there then is kept for a while.
+    """
+
+    def __init__(self, now_s: float) -> None:
+        self._needed: deque[tuple[float, int]] = deque()
+        self.used_s = now_s
+        self.decision: Decision | None = None
+
+    def decide(self, pool: Snapshot, now_s: float) -> Decision:
+        """``decide`` for the pool as it is now; its ``peak`` and ``idle_s`` are filled in here."""
+        if not pool.demand.idle:
+            self.used_s = now_s
+        self._needed.append((now_s, needed(pool).replicas))
+        while self._needed[0][0] < now_s - stable_s(pool.costs):
+            self._needed.popleft()
+        peak = max(count for _, count in self._needed)
+        self.decision = decide(replace(pool, peak=peak, idle_s=now_s - self.used_s))
+        return self.decision
 
 
 def stable_s(costs: Costs) -> float:

@@ -54,9 +54,10 @@ Stream = AsyncGenerator[EngineChunk | UsageRecord, None]
 Writer = Events | ResponsesEvents
 
 
-class _Streamed(msgspec.Struct):
+class _Patience(msgspec.Struct):
     """All that is read of a body whose answer takes long."""
 
+    model: str = ""
     stream: bool | None = None
 
 
@@ -283,15 +284,20 @@ async def _answer(
 
     if "idempotency-key" in request.headers:
         return await services.idempotency.answer(request, caller, make)
-    return await unless_gone(request, make(), partial(_is_streamed, raw))
+    return await unless_gone(request, make(), partial(_is_patient, services, raw))
 
 
-def _is_streamed(raw: bytes) -> bool:
-    """Whether a body asks for a stream; one that cannot be read does not."""
+def _is_patient(services: Services, raw: bytes) -> bool:
+    """Whether a body asks for a stream of a model that is starting.
+
+    Who waits in a queue is not kept alive: a refusal there must be an HTTP status, which clients
+    know to try again.
+    """
     try:
-        return bool(msgspec.json.decode(raw, type=_Streamed).stream)
+        asked = msgspec.json.decode(raw, type=_Patience)
     except msgspec.DecodeError:
         return False
+    return bool(asked.stream) and asked.model in services.routes.cold()
 
 
 async def _generate(call: Call, began_s: float, seen: Seen) -> Response:

@@ -1,6 +1,7 @@
 """Answers that notice when their client is gone, streamed and not."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any
@@ -9,10 +10,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from market.errors import MarketError
+from market.errors import MarketError, MarketFault
 from market.types import FinishReason
 from serve_apps.observed import Seen, seen_of
 from serve_apps.shapes import DONE, event
+
+logger = logging.getLogger(__name__)
 
 # Shorter than the least patience of proxies and load balancers, which is 30 s or more.
 COMMENT_S = 10.0
@@ -24,13 +27,13 @@ class ClientGone(Exception):
 
 
 async def unless_gone(
-    request: Request, work: Coroutine[Any, Any, Response], is_streamed: Callable[[], bool]
+    request: Request, work: Coroutine[Any, Any, Response], is_patient: Callable[[], bool]
 ) -> Response:
     """The work's answer; the work is cancelled when the client hangs up.
 
-    Who wants a stream and waits for long (for a model to start, in a queue) gets one at once, with
-    comments until there is more to say: neither clients nor proxies between may think it dead.
-    Raises ClientGone. The request's body must have been read.
+    If it takes long and ``is_patient``, a stream begins at once, with comments until there is more
+    to say: neither clients nor proxies between may think it dead. Raises ClientGone. The request's
+    body must have been read.
     """
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_disconnected(request.receive))
@@ -39,7 +42,7 @@ async def unless_gone(
         both = {working, watching}
         await asyncio.wait(both, timeout=COMMENT_S, return_when=asyncio.FIRST_COMPLETED)
         if not working.done() and not watching.done():
-            if is_streamed():
+            if is_patient():
                 ours = False
                 return EventStream(_kept_alive(working, seen_of(request.scope)), {})
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
@@ -72,6 +75,11 @@ async def _kept_alive(
     except MarketError as error:
         seen.error_code = error.code
         yield event(error.body())
+    except Exception:
+        logger.exception("a request broke while it was kept alive")
+        fault = MarketFault("internal error; you are not billed")
+        seen.error_code = fault.code
+        yield event(fault.body())
     finally:
         working.cancel()
         await asyncio.gather(working, return_exceptions=True)

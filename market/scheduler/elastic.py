@@ -1,12 +1,11 @@
 """Pools grow, shrink, sleep and wake: autoscaling.py decides, this applies it, a step a round."""
 
 import logging
-from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from market import autoscaling, catalog
-from market.autoscaling import Busy, Costs, Decision, Idler, Snapshot
+from market.autoscaling import Busy, Costs, Decision, Idler, Memory, Snapshot
 from market.catalog import Model
 from market.matching import Misfit, micros
 from market.scheduler.core import Core
@@ -26,15 +25,6 @@ SERVING = (ReplicaState.READY, ReplicaState.STARTING, ReplicaState.WAITING, Repl
 LEAVING = (ReplicaState.DRAINING, ReplicaState.STOPPING, ReplicaState.FREEING)
 
 
-@dataclass(slots=True)
-class _Memory:
-    """What a pool needed lately. May be lost: an empty one keeps what is there for a while."""
-
-    needed: deque[tuple[float, int]] = field(default_factory=deque)
-    used_s: float = 0.0
-    decision: Decision | None = None
-
-
 class Elastic:
     """Applies one decision per pool and round. Everything under the core's lock."""
 
@@ -42,7 +32,7 @@ class Elastic:
         self._core = core
         self._pools = pools
         self._shares = shares
-        self._memories: dict[str, _Memory] = {}
+        self._memories: dict[str, Memory] = {}
         self._draining_since_s: dict[str, float] = {}
         self._starting_since_s: dict[str, float] = {}
 
@@ -69,7 +59,6 @@ class Elastic:
         replicas = self._core.replicas_of(deployment.deployment_id)
         present = [r for r in replicas if r.state in SERVING]
         decision = self._decide(deployment, present)
-        self._memories[deployment.deployment_id].decision = decision
         failed = any(replica.state is ReplicaState.FAILED for replica in present)
         if decision.replicas > len(present) and not failed:
             await self._grow(deployment, decision.replicas - len(present))
@@ -79,24 +68,16 @@ class Elastic:
     def _decide(self, deployment: Deployment, present: list[Replica]) -> Decision:
         core, model = self._core, catalog.find(deployment.model)
         now_s = core.clock.monotonic()
-        memory = self._memories.setdefault(deployment.deployment_id, _Memory(used_s=now_s))
-        demand = self._shares.demand(deployment.model)
-        if not demand.idle:
-            memory.used_s = now_s
-        costs = self._costs(deployment, model, present)
+        memory = self._memories.setdefault(deployment.deployment_id, Memory(now_s))
         pool = Snapshot(
             bounds=deployment.bounds,
-            costs=costs,
-            demand=demand,
+            costs=self._costs(deployment, model, present),
+            demand=self._shares.demand(deployment.model),
             places=core.config.sequences,
             replicas=len(present),
             serving=sum(r.state is ReplicaState.READY for r in present),
-            idle_s=now_s - memory.used_s,
         )
-        memory.needed.append((now_s, autoscaling.needed(pool).replicas))
-        while memory.needed[0][0] < now_s - autoscaling.stable_s(costs):
-            memory.needed.popleft()
-        return autoscaling.decide(replace(pool, peak=max(n for _, n in memory.needed)))
+        return memory.decide(pool, now_s)
 
     async def _grow(self, deployment: Deployment, count: int) -> None:
         """Take back what drains, then start anew, or make room."""

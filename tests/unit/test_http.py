@@ -218,6 +218,74 @@ async def test_fault_inside_the_stream_is_an_error_event_and_no_done():
     assert (record.finish_reason, record.charge_pico) == (FinishReason.PROVIDER_ERROR, 0)
 
 
+class TestPatience:
+    """Whoever waits long for a stream is told that somebody is there."""
+
+    @pytest.fixture
+    async def slow(self, monkeypatch):
+        """A gateway whose model is not there before ``gate`` is open."""
+        monkeypatch.setattr("serve_apps.streams.COMMENT_S", 0.01)
+        here = await gateway()
+        here.gate, here.outcome = asyncio.Event(), None
+        route = here.routes.route
+
+        async def wait(model, principal):
+            here.asked.set()
+            await here.gate.wait()
+            if here.outcome is not None:
+                raise here.outcome
+            return await route(model, principal)
+
+        here.asked, here.routes.route = asyncio.Event(), wait
+        here.routes.cold = lambda: {"tiny": 1}
+        return here
+
+    async def answered(self, here, stream=True):
+        asking = asyncio.create_task(
+            here.http.post("/v1/chat/completions", json=CHAT | {"stream": stream})
+        )
+        await here.asked.wait()
+        await asyncio.sleep(0.05)
+        here.gate.set()
+        return await asyncio.wait_for(asking, 5)
+
+    async def test_comments_come_before_the_chunks(self, slow):
+        answer = await self.answered(slow)
+        assert answer.text.startswith(": waiting for the model\n\n")
+        chunks = answer.text[answer.text.index("data: ") :]
+        assert chunks.endswith("data: [DONE]\n\n")
+        assert ": waiting" not in chunks
+        assert (await slow.record()).output_tokens == 3
+
+    async def test_error_is_an_event_then(self, slow):
+        slow.outcome = Conflict("no room", code="no_room")
+        answer = await self.answered(slow)
+        assert answer.status_code == 200
+        last = answer.text.split("data: ")[-1]
+        assert json.loads(last)["error"]["code"] == "no_room"
+
+    async def test_bug_is_an_event_without_details(self, slow):
+        slow.outcome = ZeroDivisionError("secret")
+        answer = await self.answered(slow)
+        last = json.loads(answer.text.split("data: ")[-1])
+        assert last["error"]["type"] == "server_error"
+        assert "secret" not in answer.text
+
+    async def test_whole_answers_wait_in_silence(self, slow):
+        answer = await self.answered(slow, stream=False)
+        assert answer.json()["usage"]["completion_tokens"] == 3
+
+    async def test_who_waits_for_anything_else_gets_a_status(self, slow):
+        slow.routes.cold = dict
+        slow.outcome = Conflict("no room", code="no_room")
+        assert (await self.answered(slow)).status_code == 409
+
+    async def test_client_that_hangs_up_meanwhile_leaves_nothing(self, slow):
+        await asyncio.wait_for(hang_up(slow, after_events=2), 5)
+        await slow.rest()
+        assert (slow.ledger.records, await slow.ledger.open_holds()) == ([], [])
+
+
 async def test_bug_is_a_500_without_details():
     here = await gateway()
     here.routes.engine = lambda route: 1 / 0

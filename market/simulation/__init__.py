@@ -1,0 +1,1 @@
+"""The market's own decisions under a virtual clock, fed with traces."""

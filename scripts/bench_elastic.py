@@ -1,0 +1,302 @@
+#!/usr/bin/env python3
+"""What scaling to zero costs those who ask, and saves those who pay.
+
+    scripts/bench_elastic.py                       all parts
+    scripts/bench_elastic.py --parts cold,burst    on a real market, here
+    scripts/bench_elastic.py --parts day --trace FILE.parquet
+
+cold: a request for a model at zero replicas, split into its parts, beside the engine's own load
+in a process that has its imports behind it. burst: twenty times what one replica is asked at once,
+on a pool at zero. day: a trace (columns arrival_s, session, prompt_tokens, output_tokens; each
+session as a model of its own) through the scheduler's own decisions with virtual replicas; what is
+assumed of them is printed, and swept.
+"""
+
+import argparse
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from decimal import Decimal
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pandas as pd
+import psutil
+from own_market import MODEL, OwnMarket, tiny_model
+
+from market.simulation.pools import Arrival, Machine, Outcome, simulate
+from market.types import Bounds
+
+BODY = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": "What is a list?"}],
+    "max_tokens": 8,
+    "ignore_eos": True,
+}
+POLL_S = 0.02
+PATIENCE_S = 300.0
+REPLICA = "ServeReplica:model-"
+DAY_S = 86_400.0
+HOUR_PICO = 2 * 10**12
+# One GPU of the replay: a mid-size model on a current card.
+MACHINE = Machine(places=32, prompt_tokens_per_s=8_000, output_tokens_per_s=40, start_s=20)
+# Of a GPU that a model needs where it shares one.
+SHARE = 0.25
+
+
+@contextmanager
+def elastic_market(engine: str, bounds: str) -> Iterator[tuple[OwnMarket, str]]:
+    """A market with the tiny model at zero replicas, and a tenant's key."""
+    with tempfile.TemporaryDirectory(prefix="market-bench-") as name:
+        folder = Path(name)
+        model = tiny_model(folder / MODEL)
+        with OwnMarket(folder / "home", model) as own:
+            options = ("--engine", engine, "--replicas", bounds, "--keep-alive", "2s")
+            own.cli("deploy", MODEL, *options)
+            yield own, own.tenant("acme")
+
+
+class Watcher(threading.Thread):
+    """Notes when each thing was first seen while a model starts."""
+
+    def __init__(self, own: OwnMarket) -> None:
+        super().__init__(daemon=True)
+        self._url = f"{own.url}/market/v1/deployments"
+        key = (own.home / "operator.key").read_text().strip()
+        self._headers = {"authorization": f"Bearer {key}"}
+        self._head = psutil.Process(own.pid)
+        self._over = threading.Event()
+        self.seen: dict[str, float] = {}
+
+    def run(self) -> None:
+        """Until told to end."""
+        with httpx.Client(headers=self._headers) as client:
+            while not self._over.wait(POLL_S):
+                (deployment,) = client.get(self._url).json()
+                if deployment["places"]:
+                    self.seen.setdefault("decided", time.time())
+                if deployment["state"] == "ready":
+                    self.seen.setdefault("ready", time.time())
+                if "process" not in self.seen:
+                    self._look_for_process()
+
+    def _look_for_process(self) -> None:
+        for process in self._head.children(recursive=True):
+            try:
+                if any(REPLICA in part for part in process.cmdline()):
+                    self.seen["process"] = process.create_time()
+            except psutil.NoSuchProcess:
+                continue
+
+    def end(self) -> dict[str, float]:
+        """What was seen, in seconds since the epoch."""
+        self._over.set()
+        self.join()
+        return self.seen
+
+
+def wait_cold(own: OwnMarket) -> None:
+    """Until nothing of the model is left."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        (deployment,) = own.cli("deployments")
+        if deployment["state"] == "cold" and not deployment["places"]:
+            return
+        time.sleep(0.2)
+    raise RuntimeError("the model did not fall asleep")
+
+
+def cold_start(own: OwnMarket, key: str) -> dict[str, float]:
+    """One cold request; the seconds of its parts."""
+    wait_cold(own)
+    watcher = Watcher(own)
+    watcher.start()
+    asked = time.time()
+    headers = {"authorization": f"Bearer {key}"}
+    body = BODY | {"stream": True}
+    url = f"{own.url}/v1/chat/completions"
+    first = None
+    with httpx.stream("POST", url, json=body, headers=headers, timeout=PATIENCE_S) as answer:
+        answer.raise_for_status()
+        for line in answer.iter_lines():
+            if first is None and '"content":"' in line and '"content":""' not in line:
+                first = time.time()
+    assert first is not None, "no token came"
+    seen = watcher.end()
+    moments = [asked, *(seen[name] for name in ("decided", "process", "ready")), first]
+    names = ("decision", "new process", "imports and load", "first token")
+    parts = dict(zip(names, (b - a for a, b in pairwise(moments)), strict=True))
+    return parts | {"in all": first - asked}
+
+
+def bare_load(engine: str, model: Path) -> dict[str, float]:
+    """The engine alone: its imports, then its load and first token with them behind it."""
+    code = f"""
+import asyncio, json, sys, time
+began = time.perf_counter()
+sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+from pathlib import Path
+from serve_apps.engines.base import EngineSettings, start_engine
+from market.types import EngineRequest, Sampling
+import torch, transformers
+if {engine!r} == "vllm":
+    from vllm.v1.engine.async_llm import AsyncLLM
+else:
+    import serve_apps.engines.transformers
+imported = time.perf_counter()
+async def main():
+    settings = EngineSettings(Path({str(model)!r}), 2048, 0.0)
+    engine = await start_engine({engine!r}, settings)
+    request = EngineRequest("r", tuple(range(40, 60)), Sampling(1), "s")
+    async for _ in engine.generate(request):
+        break
+    print(json.dumps({{"imports": imported - began, "load": time.perf_counter() - imported}}))
+    await engine.close()
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    line = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
+    found: dict[str, float] = json.loads(line)
+    return found
+
+
+def bench_cold(engine: str, rounds: int) -> dict[str, Any]:
+    """Cold requests, the median of each part."""
+    with tempfile.TemporaryDirectory(prefix="market-bench-") as name:
+        bare = bare_load(engine, tiny_model(Path(name) / MODEL))
+    with elastic_market(engine, "0:1") as (own, key):
+        tries = [cold_start(own, key) for _ in range(rounds)]
+    medians = {part: statistics.median(one[part] for one in tries) for part in tries[0]}
+    print(f"\ncold request, {engine}, median of {rounds} (seconds)")
+    for part, seconds in medians.items():
+        print(f"  {part:<18} {seconds:6.2f}")
+    print(f"  bare engine: imports {bare['imports']:.2f}, load and first token {bare['load']:.2f}")
+    print(f"  in all / bare load with imports warm: {medians['in all'] / bare['load']:.2f}")
+    return {"engine": engine, **medians, **{f"bare_{k}": v for k, v in bare.items()}}
+
+
+def bench_burst(engine: str, count: int) -> dict[str, Any]:
+    """Many at once on a pool at zero; what was answered and what was billed."""
+    with elastic_market(engine, "0:2") as (own, key):
+        wait_cold(own)
+
+        async def burst() -> list[httpx.Response]:
+            headers = {"authorization": f"Bearer {key}"}
+            limits = httpx.Limits(max_connections=count)
+            async with httpx.AsyncClient(
+                base_url=own.url, headers=headers, timeout=PATIENCE_S, limits=limits
+            ) as client:
+                asked = [client.post("/v1/chat/completions", json=BODY) for _ in range(count)]
+                return await asyncio.gather(*asked)
+
+        began = time.monotonic()
+        answers = asyncio.run(burst())
+        seconds = time.monotonic() - began
+        good = [answer for answer in answers if answer.status_code == 200]
+        said = sum(Decimal(answer.headers["x-market-cost"]) for answer in good)
+        balance = Decimal(own.cli("tenants", "show", "acme")["balance"])
+    billed = Decimal(1000) - balance
+    print(
+        f"\nburst of {count} on a pool at zero, {engine}: {len(good)} answered, "
+        f"{count - len(good)} not, all in {seconds:.1f} s; said {said}, billed {billed}"
+    )
+    if len(good) != count or said != billed:
+        raise SystemExit("a request was lost or billed wrongly")
+    return {"burst": count, "answered": len(good), "seconds": seconds}
+
+
+def bench_day(trace: Path, starts: list[float]) -> list[dict[str, Any]]:
+    """The trace under four ways to hold GPUs, for several times to start."""
+    frame = pd.read_parquet(trace).sort_values("arrival_s")
+    pools = {
+        str(name): [
+            Arrival(*row)
+            for row in rows[["arrival_s", "prompt_tokens", "output_tokens"]].itertuples(index=False)
+        ]
+        for name, rows in frame.groupby("session")
+    }
+    requests = sum(map(len, pools.values()))
+    print(
+        f"\na day of {requests:,} requests for {len(pools)} models; a replica has "
+        f"{MACHINE.places} places, {MACHINE.prompt_tokens_per_s:,.0f} prompt and "
+        f"{MACHINE.output_tokens_per_s:.0f} output tokens/s (per answer), a GPU costs "
+        f"{HOUR_PICO / 1e12:.0f} an hour, a shared replica has {SHARE:.0%} of one"
+    )
+    head = f"{'start':>6} {'held':<34} {'GPU-hours':>10} {'of always on':>12} {'starts':>7}"
+    print(f"{head} {'TTFT <= 2 s':>12} {'p99 s':>7}\n{'-' * (len(head) + 21)}")
+    results = []
+    for start_s in starts:
+        machine = replace(MACHINE, start_s=start_s)
+        elastic = [
+            day(pools, machine, Bounds(0, 64), 1.0),
+            day(pools, machine, Bounds(0, 64), SHARE),
+        ]
+        always = [
+            simulate(rows, machine, Bounds(peak.peak, peak.peak), HOUR_PICO, DAY_S)
+            for rows, peak in zip(pools.values(), elastic[0], strict=True)
+        ]
+        ways: list[tuple[str, list[Outcome], float]] = [
+            ("whole GPUs, always on, for the peak", always, 1.0),
+            ("whole GPUs, MIN 1", day(pools, machine, Bounds(1, 64), 1.0), 1.0),
+            ("whole GPUs, MIN 0", elastic[0], 1.0),
+            (f"{SHARE:.0%} of a GPU, MIN 0", elastic[1], SHARE),
+        ]
+        base = sum(outcome.replica_s for outcome in always)
+        for name, outcomes, share in ways:
+            hours = sum(outcome.replica_s for outcome in outcomes) * share / 3600
+            ttft = sorted(seconds for outcome in outcomes for seconds in outcome.ttft_s)
+            within = sum(seconds <= 2 for seconds in ttft) / requests
+            p99 = ttft[int(len(ttft) * 0.99)]
+            count = sum(outcome.starts for outcome in outcomes)
+            print(
+                f"{start_s:>5.0f}s {name:<34} {hours:>10,.0f} {hours * 3600 / base:>12.2f} "
+                f"{count:>7,} {within:>12.2%} {p99:>7.1f}"
+            )
+            results.append(
+                {"start_s": start_s, "held": name, "gpu_hours": hours, "within_2s": within}
+            )
+    return results
+
+
+def day(
+    pools: dict[str, list[Arrival]], machine: Machine, bounds: Bounds, share: float
+) -> list[Outcome]:
+    """Every pool's day."""
+    hour_pico = round(HOUR_PICO * share)
+    return [simulate(rows, machine, bounds, hour_pico, DAY_S) for rows in pools.values()]
+
+
+def main() -> None:
+    """Run the parts asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", default="cold,burst,day")
+    parser.add_argument("--engines", default="transformers")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--burst", type=int, default=40)
+    parser.add_argument("--trace", type=Path)
+    parser.add_argument("--starts", default="5,20,60", help="day: seconds that a start takes")
+    arguments = parser.parse_args()
+    parts = arguments.parts.split(",")
+    if "day" in parts and arguments.trace is None:
+        parser.error("--trace: the day needs a trace")
+    for engine in arguments.engines.split(","):
+        if "cold" in parts:
+            bench_cold(engine, arguments.rounds)
+        if "burst" in parts:
+            bench_burst(engine, arguments.burst)
+    if "day" in parts:
+        bench_day(arguments.trace, [float(text) for text in arguments.starts.split(",")])
+
+
+if __name__ == "__main__":
+    main()
