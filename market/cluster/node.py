@@ -284,8 +284,8 @@ def _ray_settings(token_path: Path) -> dict[str, str]:
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         # Ray and vLLM write titles over their command line; not over their environment, please.
         "SPT_NOENV": "1",
-        # Ten looks a second cost an idle market a twentieth of a core; two are soon enough.
-        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+        # Ten looks a second cost an idle market a twentieth of a core; five are soon enough.
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.2",
         # Gateways and replicas are services, not batch jobs: Ray would run them at niceness 15.
         "RAY_worker_niceness": "0",
     }

@@ -113,3 +113,82 @@ def test_bounds_are_shown_and_changed_by_deploying_again(cold):
 
 def operator_key(market):
     return (market.home / "operator.key").read_text().strip()
+
+
+FOUR = ("tiny-qwen", "smollm2-135m", "smollm2-360m", "qwen-0.5b")
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory, tiny_model):
+    """Three nodes: the operator's takes no models, two have one logical GPU of 3 GiB each.
+
+    Four models of the catalog, all with the tiny one's files, of which two GPUs hold not all; and a
+    lease.
+    """
+    home = tmp_path_factory.mktemp("shared-market") / "operator"
+    gpu = ("--gpus", "1", "--gpu-memory-gib", "3", "--ask", "2")
+    with running_market(home, tiny_model) as market:
+        nodes = [market.join(name, f"provider-{name}", *gpu) for name in ("one", "two")]
+        for folder in (home, *(node.home for node in nodes)):
+            for model in FOUR[1:]:
+                (folder / "models" / model).symlink_to(tiny_model)
+        market.cli("drain", "local")
+        market.acme = market.tenant()
+        lease = ("--mode", "lease", "--gpus", "0.36", "--term", "1h", "--tenant", market.acme.name)
+        market.lease_id = market.cli("deploy", MODEL, *lease)["lease"]["lease_id"]
+        for model in FOUR:
+            options = ("--engine", "transformers", "--replicas", "0:1", "--keep-alive", "1h")
+            market.cli("deploy", model, *options)
+        try:
+            yield market
+        finally:
+            for node in nodes:
+                node.run("leave", "--force")
+
+
+def test_four_models_share_two_gpus_and_leave_the_lease_alone(shared):
+    """Asked in turn, then all at once: whoever is idle makes room."""
+    tenant, seen, before = shared.tenant(), [], lease_places(shared)
+    headers = {"authorization": f"Bearer {tenant.key}"}
+
+    async def ask(http, model):
+        answer = await http.post("/v1/chat/completions", json=ASKED | {"model": model})
+        assert answer.status_code == 200, answer.text
+        seen.append(shares(shared))
+
+    async def ask_all():
+        async with httpx.AsyncClient(base_url=shared.url, headers=headers, timeout=300) as http:
+            for model in FOUR:
+                await ask(http, model)
+            await asyncio.gather(*(ask(http, model) for model in FOUR))
+
+    asyncio.run(ask_all())
+    assert max(milli for used in seen for milli in used.values()) <= 1000
+    rows = tenant.rows(8)
+    assert dict.fromkeys(FOUR, 2) == rows["model"].value_counts().to_dict()
+    assert set(rows["node_id"]) == {"one", "two"}
+    assert Decimal(tenant.balance()["balance"]) == 10 - rows["charge"].sum()
+    lease = shared.lease(shared.lease_id)
+    assert (lease["state"], lease_places(shared)) == ("active", before)
+    answer = httpx.post(
+        f"{shared.url}/v1/chat/completions",
+        json=ASKED,
+        headers={"authorization": f"Bearer {shared.acme.key}"},
+        timeout=60,
+    )
+    assert answer.headers["x-market-lane"] == "lease"
+
+
+def lease_places(market):
+    """The lease's replicas: another one would have another id."""
+    (own,) = (d for d in market.get("/deployments") if d["lease_id"] is not None)
+    return [place["replica_id"] for place in own["places"]]
+
+
+def shares(market):
+    """Milli in use of each GPU."""
+    return {
+        (offer["offer_id"], gpu["index"]): sum(used["milli"] for used in gpu["used"])
+        for offer in market.get("/offers")
+        for gpu in offer["gpus"]
+    }
