@@ -140,7 +140,9 @@ def cold_start(own: OwnMarket, key: str) -> dict[str, float]:
 
 
 def bare_load(engine: str, model: Path) -> dict[str, float]:
-    """The engine alone: its imports, then its load and first token with them behind it."""
+    """The engine alone, in seconds until its first token: in a new process, and once more in the
+    same one, with all that it imports behind it.
+    """
     code = f"""
 import asyncio, json, sys, time
 began = time.perf_counter()
@@ -148,19 +150,19 @@ sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 from pathlib import Path
 from serve_apps.engines.base import EngineSettings, start_engine
 from market.types import EngineRequest, Sampling
-import torch, transformers
-if {engine!r} == "vllm":
-    from vllm.v1.engine.async_llm import AsyncLLM
-else:
-    import serve_apps.engines.transformers
-imported = time.perf_counter()
-async def main():
-    settings = EngineSettings(Path({str(model)!r}), 2048, 0.0)
-    engine = await start_engine({engine!r}, settings)
+async def once():
+    engine = await start_engine({engine!r}, EngineSettings(Path({str(model)!r}), 2048, 0.0))
     request = EngineRequest("r", tuple(range(40, 60)), Sampling(1), "s")
     async for _ in engine.generate(request):
-        break
-    print(json.dumps({{"imports": imported - began, "load": time.perf_counter() - imported}}))
+        pass
+    return engine
+async def main():
+    engine = await once()
+    new = time.perf_counter() - began
+    await engine.close()
+    again = time.perf_counter()
+    engine = await once()
+    print(json.dumps({{"new": new, "warm": time.perf_counter() - again}}))
     await engine.close()
 asyncio.run(main())
 """
@@ -180,8 +182,9 @@ def bench_cold(engine: str, rounds: int) -> dict[str, Any]:
     print(f"\ncold request, {engine}, median of {rounds} (seconds)")
     for part, seconds in medians.items():
         print(f"  {part:<18} {seconds:6.2f}")
-    print(f"  bare engine: imports {bare['imports']:.2f}, load and first token {bare['load']:.2f}")
-    print(f"  in all / bare load with imports warm: {medians['in all'] / bare['load']:.2f}")
+    print(f"  bare engine: new process {bare['new']:.2f}, with imports warm {bare['warm']:.2f}")
+    for name, seconds in bare.items():
+        print(f"  in all / bare, {name}: {medians['in all'] / seconds:.2f}")
     return {"engine": engine, **medians, **{f"bare_{k}": v for k, v in bare.items()}}
 
 

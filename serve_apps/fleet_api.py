@@ -215,8 +215,10 @@ async def quote(body: NewOrder, services: With, caller: Caller) -> dict[str, Any
 async def deployments(services: With, caller: Caller) -> list[dict[str, Any]]:
     """What should run, and its state. Tenants see pools and their own."""
     tenant_id = _tenant_of(caller)
+    reasons = await services.scheduler.scaling()
     return [
         deployment_row(deployment, replicas)
+        | {"scaling": reasons.get(deployment.deployment_id, "")}
         for deployment, replicas in await services.scheduler.deployments()
         if tenant_id is None or deployment.tenant_id in (None, tenant_id)
     ]

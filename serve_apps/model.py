@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import fcntl
+import logging
 import os
 import tempfile
 import time
@@ -21,11 +22,21 @@ from market.cluster.agent import REPLICA_VARIABLE
 from market.cluster.models import fetch
 from market.cluster.node import NODE_LABEL, NODE_VARIABLE, slot_resource
 from market.credit import Credit, within
-from market.errors import Overloaded
+from market.errors import MarketError, Overloaded
 from market.fairness import spare
-from market.types import Deployment, EngineChunk, EngineRequest, Offer, Place, Replica
+from market.types import (
+    Deployment,
+    EngineChunk,
+    EngineRequest,
+    Offer,
+    Place,
+    Replica,
+    Sampling,
+)
 from serve_apps.engines.base import EngineSettings, start_engine
 from serve_apps.link import LinkServer
+
+logger = logging.getLogger(__name__)
 
 REPLICA_CPUS = 0.5
 ONGOING_MAX = 256  # calls through Serve: addresses only
@@ -41,6 +52,7 @@ CLOSE_S = 5
 # Of its share of a card an engine uses this much: contexts and fragments need the rest.
 GPU_MEMORY_USED = 0.95
 TELL_EVERY_S = 10.0
+WARM_UP = (1, 2, 3, 4)  # tokens that every vocabulary has
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +100,19 @@ class ModelReplica:
         self._host = ray.util.get_node_ip_address()
         self._link = LinkServer(self.generate)
         await self._link.start(self._host)
+        self._warming = asyncio.create_task(self._warm_up(entry.embeds))
+
+    async def _warm_up(self, embeds: bool) -> None:
+        """Engines load the last of what they need with their first answer: while gateways look for
+        us there is time for that.
+        """
+        request = EngineRequest("warm-up", WARM_UP, Sampling(1), "warm-up", embeds=embeds)
+        try:
+            async with aclosing(self._engine.generate(request)) as chunks:
+                async for _ in chunks:
+                    pass
+        except MarketError as error:
+            logger.warning("warming up: %s", error)
 
     async def address(self) -> tuple[str, int, str]:
         """Where gateways find this replica's link, and the secret that it wants to see."""

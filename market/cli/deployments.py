@@ -218,7 +218,9 @@ def deployments(output: OutputOption = Output.TABLE) -> None:
 
 def row(deployment: dict[str, Any]) -> dict[str, Any]:
     """A deployment as a line of a table."""
+    serves = deployment["state"] == "ready"
     return deployment | {
+        "reason": (serves and deployment.get("scaling")) or deployment["reason"],
         "deployment": deployment["deployment_id"],
         "tenant": deployment["tenant_id"],
         "replicas": _replicas(deployment),

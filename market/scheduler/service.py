@@ -218,6 +218,14 @@ class Scheduler:
         )
         return [(d, tuple(self._core.replicas_of(d.deployment_id))) for d in known]
 
+    async def scaling(self) -> dict[str, str]:
+        """Why each elastic pool has as many replicas as it has, by deployment."""
+        return {
+            name: self._elastic.reason(name)
+            for name, deployment in self._core.state.deployments.items()
+            if deployment.bounds.minimum != deployment.bounds.maximum
+        }
+
     async def undeploy(self, name: str, tenant_id: str | None = None) -> Deployment:
         """Stop a deployment, named by id or model; a lease's is released.
 

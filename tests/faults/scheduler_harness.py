@@ -42,6 +42,7 @@ from market.scheduler.service import Scheduler
 from market.scheduler.store import State, Store
 from market.types import (
     AppStatus,
+    Bounds,
     CloseReason,
     Gpu,
     Lease,
@@ -49,6 +50,7 @@ from market.types import (
     Offer,
     Order,
     OrderState,
+    StartCost,
 )
 from tests.faults import harness
 from tests.faults.harness import DEADLINE_S, START, Child, TorturedLedger, Wire
@@ -231,6 +233,7 @@ def fingerprint(state: State) -> int:
     """A sum over everything that is stored, types and all."""
     total = _digest(("sender", state.epoch, state.next_seq))
     shelves = (state.offers, state.orders, state.leases, state.deployments, state.replicas)
+    shelves += (state.starts,)
     total += sum(_digest(value) for shelf in shelves for value in shelf.values())
     return total + sum(_digest((seq, *row)) for seq, row in state.outbox.items())
 
@@ -282,6 +285,8 @@ class WitnessedStore(Store):
 
 
 def _shelf_key(value):
+    if isinstance(value, StartCost):
+        return "starts", value.start_id
     name = type(value).__name__.lower()
     return f"{name}s", getattr(value, f"{name}_id")
 
@@ -729,7 +734,9 @@ class Script:
 
     def _open_pool(self):
         model = self._rng.choice(("tiny-qwen", "smollm2-135m"))
-        return [("open_pool", model, None, self._rng.randint(1, 3), False)]
+        least = self._rng.randint(0, 2)
+        bounds = Bounds(least, max(1, least + self._rng.randint(0, 2)))
+        return [("open_pool", model, None, bounds, False)]
 
     def _undeploy(self):
         return [("undeploy", name) for name in self._one("pools")]

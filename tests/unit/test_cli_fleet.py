@@ -296,7 +296,7 @@ class TestDeploy:
         done = run("deploy", "tiny-qwen", "--replicas", "2", *JSON)
         assert (done.json["state"], done.json["ready"]) == ("ready", 1)
         assert market.bodies() == [
-            ("/deployments", {"model": "tiny-qwen", "mode": "tokens", "replicas": 2})
+            ("/deployments", {"model": "tiny-qwen", "mode": "tokens", "replicas": "2"})
         ]
         run("deployments")
         shown = run("deployments").out
