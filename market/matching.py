@@ -206,6 +206,12 @@ def _earliest(
 # -- pools ---------------------------------------------------------------------------------
 
 
+def takes_pools(offer: Offer, now: datetime) -> bool:
+    """Whether a pool's replica may go there: it is offered now, and without an end."""
+    begun = offer.available_from is None or offer.available_from <= now
+    return offer.state is OfferState.OPEN and offer.available_until is None and begun
+
+
 def place_pool(
     model: Model,
     replicas: int,
@@ -218,13 +224,7 @@ def place_pool(
 
     ``cpu_memory_mib`` is what is taken of the memory of nodes without GPUs, by offer.
     """
-    usable = [
-        o
-        for o in offers
-        if o.state is OfferState.OPEN
-        and o.available_until is None
-        and (o.available_from is None or o.available_from <= now)
-    ]
+    usable = [offer for offer in offers if takes_pools(offer, now)]
     rooms = {
         o.offer_id: node_room(o, calendar.room(o.node_id, micros(now), None))
         for o in usable

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import replace
 
-from market import autoscaling, catalog
+from market import autoscaling, catalog, matching
 from market.autoscaling import Busy, Costs, Decision, Idler, Memory, Snapshot
 from market.catalog import Model
 from market.matching import Misfit, micros
@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 # Until a start was measured: imports and set-up, then the weights at the speed of a disk.
 ENGINE_START_S = {"vllm": 45.0, "transformers": 15.0}
 WEIGHTS_BYTES_PER_S = 1e9
+# A replica that has just started for somebody is about to be asked, though no report says so yet.
+EVICT_AFTER_S = 3.0
 # Weight of the newest measurement.
 NEWEST = 0.3
 
@@ -139,24 +141,24 @@ class Elastic:
     async def _make_room(self, deployment: Deployment, misfit: Misfit) -> None:
         """Put idle replicas of other pools out, if that makes room; a lease's are never touched."""
         model = catalog.find(deployment.model)
+        chosen: list[str] = []
         for offer in self._core.offers:
-            if not offer.gpus or (offer.logical and not model.runs_on_cpu):
+            usable = matching.takes_pools(offer, self._core.clock.now())
+            if not usable or not offer.gpus or (offer.logical and not model.runs_on_cpu):
                 continue
             milli = -(-model.memory_mib * 1000 // min(gpu.memory_mib for gpu in offer.gpus))
-            idlers = [
-                idler
-                for idler in self._idlers(deployment)
-                if idler.place.startswith(f"{offer.node_id}/")
-            ]
+            if milli > autoscaling.WHOLE_MILLI:
+                continue
             free = self._free_milli(offer.node_id)
-            if milli > autoscaling.WHOLE_MILLI or any(f >= milli for f in free.values()):
-                continue  # does not fit at all, or will as soon as what leaves has left
-            evicted = autoscaling.to_evict(idlers, free, milli)
-            if evicted:
-                logger.info("%s: room for it by %s", deployment.model, ", ".join(evicted))
-                await self._drain(evicted, f"idle, and {deployment.model} needs its GPU")
-                return
-        logger.info("%s cannot grow: %s", deployment.model, misfit.reason)
+            if any(left >= milli for left in free.values()):
+                return  # there will be room as soon as what leaves has left
+            here = [idler for idler in self._idlers(deployment) if idler.place in free]
+            chosen = chosen or autoscaling.to_evict(here, free, milli)
+        if chosen:
+            logger.info("%s: room for it by %s", deployment.model, ", ".join(chosen))
+            await self._drain(chosen, f"idle, and {deployment.model} needs its GPU")
+        else:
+            logger.info("%s cannot grow: %s", deployment.model, misfit.reason)
 
     def _idlers(self, growing: Deployment) -> list[Idler]:
         """Replicas of other pools that serve nobody and are more than their pool's minimum."""
@@ -173,7 +175,7 @@ class Elastic:
             idle = [
                 r
                 for r in serving
-                if now_s > memory.used_s
+                if now_s - memory.used_s >= EVICT_AFTER_S
                 and self._shares.streams(r.app_name) == 0
                 and len(r.place.gpu_indices) == 1
             ]

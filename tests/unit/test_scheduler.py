@@ -391,8 +391,10 @@ class TestElasticPools:
     async def test_idle_model_makes_room_for_one_that_is_asked_but_never_a_lease(self, farm):
         """Two whole GPUs: one leased, the other shared in turn."""
         small = replace(FARM, gpus=tuple(Gpu(n, "a10", 1500) for n in (0, 1)))
-        farm.offers = [small]
+        drained = replace(small, offer_id="away", node_id="away")
+        farm.offers, farm.cluster.nodes = [small, drained], {"farm", "away"}
         async with farm.opened() as scheduler:
+            await scheduler.drain("away")  # its empty GPUs are no reason to wait for room
             demands = Demands(farm, scheduler)
             booked = await lease(scheduler, 1)
             await demands(2)
