@@ -44,6 +44,7 @@ class Config:
     gateways: int = DEFAULT_GATEWAYS
     sequences: int = DEFAULT_SEQUENCES
     node: str = "local"
+    scorer: str = ""
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> "Config":
@@ -77,6 +78,7 @@ class Config:
             int(patience),
             gateways,
             sequences,
+            scorer=environ.get("MARKET_SCORER") or "",
         )
 
     @property

@@ -27,6 +27,7 @@ from market.fairness import input_work
 from market.metering import TELLING, Admission, Ask, Meter, final_reason, make_record
 from market.ports import Clock, Routes, UsageSink
 from market.queueing import Queues
+from market.routing import Choice
 from market.slices import Need, PurseKey, Reservation
 from market.slicing import Slices
 from market.types import (
@@ -75,13 +76,14 @@ class Inference:
         self._routes = routes
         self._background: set[asyncio.Task[Any]] = set()
 
-    async def admit(self, principal: Principal, route: Route, ask: Ask) -> Admission:
+    async def admit(self, principal: Principal, choice: Choice, ask: Ask) -> Admission:
         """Price the request and reserve the money. Nothing is recorded if this raises.
 
         Raises PermissionDenied, ContextTooLong, InsufficientBalance, NotFound (no price) or
         Overloaded.
         """
         arrived_s, started_at = self._clock.monotonic(), self._clock.now()
+        route = choice.route
         if principal.role is not Role.TENANT:
             raise PermissionDenied(
                 f"a key of role {principal.role} cannot buy tokens; use a tenant's key "
@@ -96,6 +98,7 @@ class Inference:
             principal.subject_id,
             route.model,
             principal.api_key_id if principal.budgeted else None,
+            choice.cap,
         )
         reservation = None
         if route.lane is not Lane.LEASE:
@@ -103,7 +106,7 @@ class Inference:
             reservation = await self._slices.reserve(key, need, card, principal.weight)
             card = reservation.card
         try:
-            draft = self._draft(principal, route, ask, card, reservation, started_at)
+            draft = self._draft(principal, choice, ask, card, reservation, started_at)
             self._sink.begin(draft)
         except BaseException:
             if reservation is not None:
@@ -114,6 +117,7 @@ class Inference:
         return Admission(
             request_id=draft.request_id,
             principal=principal,
+            choice=choice,
             route=route,
             card=card,
             ask=ask,
@@ -142,7 +146,8 @@ class Inference:
             entered = True
             async with aclosing(self._answers(admission, meter, running)) as chunks:
                 async for chunk in chunks:
-                    meter.add(chunk, self._clock.monotonic())
+                    if meter.add(chunk, self._clock.monotonic()):
+                        self._queues.begin(pool, meter.ttft_s)
                     self._queues.serve(pool, request_id, len(chunk.token_ids))
                     self._require_paid(admission, meter, running, chunk.index)
                     if running.failure is not None and chunk.finish_reason is FinishReason.LENGTH:
@@ -182,13 +187,14 @@ class Inference:
     def _draft(
         self,
         principal: Principal,
-        route: Route,
+        choice: Choice,
         ask: Ask,
         card: RateCard,
         reservation: Reservation | None,
         started_at: datetime,
     ) -> UsageRecord:
         """The record of a request whose gateway dies before it is finished: charge 0."""
+        route = choice.route
         self._sink.identity()
         return UsageRecord(
             kind=RecordKind.TOKENS,
@@ -214,7 +220,7 @@ class Inference:
             usage_quality=UsageQuality.RECOVERED,
             lease_id=route.lease_id,
             slice_id=None if reservation is None else reservation.slice.slice_id,
-            attrs=ask.attrs,
+            attrs=(*ask.attrs, *choice.attrs),
         )
 
     async def _enter(self, admission: Admission) -> None:
@@ -289,7 +295,9 @@ class Inference:
             stream=ask.stream,
         )
         paid, begun = admission.reservation, False
-        for attempt in range(1, DISPATCHES_MAX + 1):
+        # Who can be served elsewhere at once does not wait for a replica to come back.
+        tries = DISPATCHES_MAX if admission.choice.otherwise is None else 1
+        for attempt in range(1, tries + 1):
             meter.dispatched_s = self._clock.monotonic()
             if attempt == 1:
                 admission.route = self._routes.least_busy(admission.route)
@@ -311,7 +319,7 @@ class Inference:
                             return  # complete: what happens to the replica now is not our matter
                 raise EngineFailed("the replica ended its stream without finishing")
             except (EngineFailed, Overloaded):
-                if begun or attempt == DISPATCHES_MAX:
+                if begun or attempt == tries:
                     raise
 
     # -- money while it is generated -------------------------------------------------------------

@@ -7,11 +7,13 @@ from datetime import datetime
 import msgspec
 
 from market import pricing
+from market.routing import Choice
 from market.slices import PurseKey, Reservation
 from market.types import (
     EngineChunk,
     FinishReason,
     Grammar,
+    Lane,
     Principal,
     RateCard,
     Route,
@@ -62,6 +64,7 @@ class Admission:
 
     request_id: str
     principal: Principal
+    choice: Choice
     route: Route
     card: RateCard
     ask: Ask
@@ -113,10 +116,16 @@ class Meter:
         known = [count for count in self._claimed if count is not None]
         return sum(known) if known else None
 
-    def add(self, chunk: EngineChunk, now_s: float) -> None:
-        """Count one chunk."""
+    @property
+    def ttft_s(self) -> float:
+        """From dispatch to the first token; 0 before it."""
+        return (self.first_token_s or 0.0) - (self.dispatched_s or self.first_token_s or 0.0)
+
+    def add(self, chunk: EngineChunk, now_s: float) -> bool:
+        """Count one chunk; whether it brought the first token."""
         answer, (prompt, nth) = chunk.index, divmod(chunk.index, self._ask.answers)
-        if chunk.token_ids and self.first_token_s is None:
+        is_first = bool(chunk.token_ids) and self.first_token_s is None
+        if is_first:
             self.first_token_s = now_s
         self.output[answer] += len(chunk.token_ids)
         if nth == 0:  # the others find the prompt in the cache because of this one
@@ -127,6 +136,7 @@ class Meter:
             self._replica = chunk.replica
         if chunk.served_tokens is not None:
             self._served_tokens = chunk.served_tokens
+        return is_first
 
     def evidence(self) -> tuple[tuple[str, str], ...]:
         """Which replica answered, and its own total: the ledger compares it with its rows."""
@@ -187,7 +197,22 @@ def make_record(
         queue_ms=meter.elapsed_ms(meter.dispatched_s),
         ttft_ms=meter.elapsed_ms(meter.first_token_s),
         duration_ms=meter.elapsed_ms(finished_s),
-        attrs=(*admission.draft.attrs, *meter.evidence()),
+        attrs=(*admission.draft.attrs, *meter.evidence(), *_not_taken(admission, counts, outcome)),
+    )
+
+
+def _not_taken(
+    admission: Admission, counts: TokenCounts, outcome: FinishReason
+) -> tuple[tuple[str, str], ...]:
+    """What the same tokens would have cost where the request was not sent."""
+    card = admission.choice.not_taken
+    if card is None:
+        return ()
+    charge = pricing.charge(counts, card, outcome, Lane.TOKENS)
+    return (
+        ("not_taken", card.model),
+        ("not_taken_price_id", card.price_id),
+        ("not_taken_charge", pricing.format_money(charge)),
     )
 
 

@@ -9,6 +9,7 @@ from market import fairness
 from market.errors import Overloaded, SlowDown
 from market.fairness import FairQueue, PoolReport, PoolShare
 from market.ports import Clock
+from market.routing import Load
 
 WAITING_MAX = 1024
 WAITING_MAX_PER_TENANT = 256
@@ -16,6 +17,8 @@ WAITING_MAX_PER_TENANT = 256
 # again: a queue longer than anybody's patience serves only those who have left.
 WAIT_MAX_S = 20.0
 RATE_TAU_S = 10.0
+# Weight of the newest time to a first token.
+NEWEST = 0.2
 # Less often than this is never.
 RATE_MIN = 0.001
 IDLE_POOL_S = 300.0
@@ -56,6 +59,7 @@ class _Pool:
     waiters: dict[str, tuple[str, "asyncio.Future[None]"]] = field(default_factory=dict)
     finished: Rate | None = None
     turns: dict[str, _Turns] = field(default_factory=dict)
+    ttft_s: float = 0.0
     used_s: float = 0.0
 
 
@@ -113,6 +117,12 @@ class Queues:
             self._give_up(pool, request_id, tenant)
             raise
 
+    def begin(self, pool_name: str, ttft_s: float) -> None:
+        """A request got its first token so long after it left the queue."""
+        pool = self._pools.get(pool_name)
+        if pool is not None:
+            pool.ttft_s += (ttft_s - pool.ttft_s) * (NEWEST if pool.ttft_s else 1)
+
     def serve(self, pool_name: str, request_id: str, output_tokens: int) -> None:
         """A request was given output tokens."""
         pool = self._pools.get(pool_name)
@@ -161,6 +171,16 @@ class Queues:
             if pool is not None:
                 fairness.merge(pool.queue, share)
                 self._serve(pool)
+
+    def load(self, pool_name: str, places: int) -> Load:
+        """What a pool has to do; ``places`` as in ``enter``."""
+        pool = self._pools.get(pool_name)
+        if pool is None:
+            return Load(0, 0, places)
+        finished = pool.finished
+        rate = 0.0 if finished is None else finished.get(self._clock.monotonic())
+        queue = pool.queue
+        return Load(queue.running, queue.waiting, queue.places, rate, pool.ttft_s)
 
     def waiting(self) -> dict[str, tuple[int, int]]:
         """(running, waiting) by pool."""

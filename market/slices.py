@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from market import pricing
-from market.types import PackLeft, RateCard
+from market.types import Budget, PackLeft, RateCard
 
 # Money is asked for so long ahead, at the rate at which it is being spent.
 AHEAD_S = 5.0
@@ -26,11 +26,15 @@ MAX_AGE_S = 1800.0
 
 
 class PurseKey(NamedTuple):
-    """Whose money for what. ``api_key_id`` only where the key has a budget of its own."""
+    """Whose money for what. ``api_key_id`` only where the key has a budget of its own.
+
+    ``cap``: the budget of what spills from a lease.
+    """
 
     tenant_id: str
     model: str
     api_key_id: str | None = None
+    cap: Budget | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -305,11 +305,12 @@ class Slices:
                 wanted_pico=wanted_pico,
                 minimum_pico=least_pico,
                 model=key.model,
-                lane=Lane.TOKENS,
+                lane=Lane.TOKENS if key.cap is None else Lane.SPILL,
                 currency=card.currency,
                 started_at=self._clock.now(),
                 api_key_id=key.api_key_id,
                 pack_id=None if part.pack is None else part.pack.pack.pack_id,
+                cap=key.cap,
             )
         return SliceAsk(
             producer=producer,

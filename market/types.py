@@ -77,6 +77,15 @@ class Period(StrEnum):
     TOTAL = "total"
 
 
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """The most that a key, a tenant or a hybrid's spill (``subject``) may spend in a period."""
+
+    subject: str
+    period: Period
+    limit_pico: int
+
+
 class KeyPolicy(msgspec.Struct, frozen=True):
     """What a key may do besides its role. None: no limit.
 
@@ -289,11 +298,42 @@ class NotReady:
 
 
 @dataclass(frozen=True, slots=True)
+class LanePolicy:
+    """How a lane is chosen for each request of a hybrid or auto deployment.
+
+    The first token is wanted within ``ttft_s``. Spills cost at most ``spill_pico`` a day (None:
+    any). With two models, easy requests go to the ``cheap`` one, so that all together cost about
+    ``cost_target`` of what the ``strong`` one alone would.
+    """
+
+    ttft_s: float
+    spill_pico: int | None = None
+    cheap: str = ""
+    strong: str = ""
+    cost_target: float = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a tenant's requests for ``model`` (or a name of its own) are routed by.
+
+    ``lease_id``: a hybrid's own lease.
+    """
+
+    model: str
+    tenant_id: str
+    deployment_id: str
+    policy: LanePolicy
+    lease_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RouteTable:
-    """Routes that can be used, one per replica, and deployments without one."""
+    """Routes that can be used, one per replica, deployments without one, and rules of tenants."""
 
     ready: tuple[Route, ...]
     starting: tuple[NotReady, ...]
+    rules: tuple[Rule, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,8 +341,8 @@ class HoldRequest:
     """Money to set aside: ``wanted_pico``, or as much as there is from ``minimum_pico`` on.
 
     Records draw on it (a token slice, a lease's hour) and name it as their ``slice_id``. With an
-    ``api_key_id`` the key's budgets bound it, too; with a ``pack_id`` the money is that of a token
-    pack.
+    ``api_key_id`` the key's budgets bound it, too, and so does a ``cap``; with a ``pack_id`` the
+    money is that of a token pack.
     """
 
     hold_id: str
@@ -317,6 +357,7 @@ class HoldRequest:
     started_at: datetime
     api_key_id: str | None = None
     pack_id: str | None = None
+    cap: Budget | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,15 +390,6 @@ class SliceAsk:
     has_pico: int = 0
     opens: HoldRequest | None = None
     changes: HoldChange | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """The most that a key or a tenant (``subject``) may spend in a period, in pico units."""
-
-    subject: str
-    period: Period
-    limit_pico: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -499,7 +531,7 @@ class Order:
     """GPUs that a tenant wants for a model. ``order_id`` is the caller's: again is the same order.
 
     ``gpu_count`` GPUs, ``gpu_milli`` thousandths of each (less than 1000 only for one GPU).
-    ``start`` None: now. ``max_price_pico`` is per GPU-hour.
+    ``start`` None: now. ``max_price_pico`` is per GPU-hour. With a ``policy`` it is for a hybrid.
     """
 
     order_id: str
@@ -518,6 +550,7 @@ class Order:
     region: str | None = None
     provider_id: str | None = None
     resale: bool = False
+    policy: LanePolicy | None = None
     state: OrderState = OrderState.WAITING
     reason: str = ""
     lease_id: str | None = None
@@ -527,7 +560,7 @@ class Order:
         """What must be the same when an order id comes again."""
         place = (self.gpu_count, self.gpu_milli, self.gpu_type, self.gpu_memory_mib, self.region)
         terms = (self.start, self.term_s, self.max_price_pico, self.provider_id, self.resale)
-        return (self.tenant_id, self.model, self.engine, *place, *terms)
+        return (self.tenant_id, self.model, self.engine, *place, *terms, self.policy)
 
 
 class LeaseState(StrEnum):
@@ -673,9 +706,11 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """A model made available: to everybody (``tokens``) or to the tenant of its lease.
+    """A model made available: to everybody (``tokens``) or to one tenant.
 
-    ``made``: replicas so far; a name never comes again.
+    A lease's and a hybrid's replicas run on its lease; an ``auto`` one has none: its ``policy``
+    deals requests for ``model``, which may be a name of the tenant's own, to others. ``made``:
+    replicas so far; a name never comes again.
     """
 
     deployment_id: str
@@ -686,6 +721,7 @@ class Deployment:
     created_at: datetime
     tenant_id: str | None = None
     lease_id: str | None = None
+    policy: LanePolicy | None = None
     stopping: bool = False
     made: int = 0
 

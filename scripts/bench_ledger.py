@@ -56,6 +56,7 @@ from market.ledger.service import Ledger
 from market.ledger.spool import Spool
 from market.metering import Admission, Ask, Meter, make_record
 from market.ports import Clock
+from market.routing import Choice
 from market.slices import PurseKey
 from market.types import (
     CURRENCY,
@@ -592,6 +593,7 @@ def answered(number: int, gateway: Traffic) -> tuple[Admission, Meter]:
     admission = Admission(
         request_id=draft.request_id or "",
         principal=who,
+        choice=Choice(route),
         route=route,
         card=card,
         ask=Ask((TOKEN_IDS,), Sampling(256)),

@@ -3,7 +3,7 @@
 import contextlib
 import re
 import uuid
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, Literal
@@ -22,6 +22,7 @@ from market.types import (
     Bounds,
     Deployment,
     Gpu,
+    LanePolicy,
     Lease,
     Mode,
     Offer,
@@ -37,6 +38,8 @@ from serve_apps.http import Caller, Services, With, principal_of
 router = APIRouter(prefix="/market/v1")
 
 TERM_UNITS_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 7 * 86_400}
+# The first token is wanted within this time, unless somebody says otherwise.
+TTFT_S = 2.0
 ENGINE_ON_GPU, ENGINE_ON_CPU = "vllm", "transformers"
 
 
@@ -71,15 +74,21 @@ class NewOrder(Strict):
 
 
 class NewDeployment(NewOrder):
-    """Body of ``POST /deployments``: tokens for everybody, or a lease for one tenant.
+    """Body of ``POST /deployments``: tokens for everybody, or a lease, hybrid or auto for a tenant.
 
     ``replicas`` is a number or "MIN:MAX"; those above MIN stay while they are used and for
     ``keep_alive`` ("10m"; default: by break-even), and all of them together cost at most
     ``max_spend`` an hour. ``queue``: an order for a lease that fits nowhere waits instead of being
-    refused.
+    refused. A hybrid spills for at most ``spill_budget`` a day, when the first token would take
+    longer than ``ttft_s``. An auto deployment of two models is a name of the tenant's own.
     """
 
     mode: str = "tokens"
+    spill_budget: str | None = None
+    ttft_s: Annotated[float, Field(gt=0, le=600)] | None = None
+    cheap: str | None = None
+    strong: str | None = None
+    cost_target: Annotated[float, Field(gt=0, le=1)] | None = None
     replicas: int | str | None = None
     keep_alive: str | None = None
     max_spend: str | None = None
@@ -188,16 +197,15 @@ async def leave(node_id: str, body: Leaving, services: With, request: Request) -
 @router.post("/deployments")
 async def deploy(body: NewDeployment, services: With, caller: Caller) -> dict[str, Any]:
     """Make a model available; returns at once, the state tells when it serves."""
-    if body.mode == Mode.LEASE:
-        return await _lease(body, services, caller)
-    if body.mode != Mode.TOKENS:
-        known = body.mode in set(Mode)
-        raise InvalidRequest(
-            f"mode {body.mode!r} is not available in this version yet; use tokens or lease"
-            if known
-            else f"mode {body.mode!r} is unknown; use tokens or lease",
-            param="mode",
-        )
+    if body.mode not in set(Mode):
+        raise InvalidRequest(f"mode {body.mode!r} is unknown; use {', '.join(Mode)}", param="mode")
+    policy = _policy(body)
+    if body.mode in (Mode.LEASE, Mode.HYBRID):
+        return await _lease(body, policy, services, caller)
+    if body.mode == Mode.AUTO:
+        assert policy is not None
+        tenant_id = _for_tenant(body, caller)
+        return deployment_row(await services.scheduler.open_auto(body.model, tenant_id, policy), ())
     require_operator(caller)
     bounds = _bounds(body)
     found = await services.scheduler.open_pool(body.model, body.engine, bounds, body.dry_run)
@@ -278,8 +286,10 @@ async def release(lease_id: str, services: With, caller: Caller) -> dict[str, An
 # -- from words to values --------------------------------------------------------------------
 
 
-async def _lease(body: NewDeployment, services: Services, caller: Principal) -> dict[str, Any]:
-    order = _order(body, services, caller)
+async def _lease(
+    body: NewDeployment, policy: LanePolicy | None, services: Services, caller: Principal
+) -> dict[str, Any]:
+    order = replace(_order(body, services, caller), policy=policy)
     if body.dry_run:
         return {"dry_run": True, **quote_row(order, await services.scheduler.quote(order))}
     placed = await services.scheduler.order(order, body.queue)
@@ -311,13 +321,45 @@ def _bounds(body: NewDeployment) -> Bounds:
     )
 
 
-def _order(body: NewOrder, services: Services, caller: Principal) -> Order:
-    now = services.clock.now()
+def _policy(body: NewDeployment) -> LanePolicy | None:
+    """How lanes are chosen; None where there is nothing to choose. Raises InvalidRequest."""
+    modes = {
+        "spill_budget": (Mode.HYBRID,),
+        "ttft_s": (Mode.HYBRID, Mode.AUTO),
+        **dict.fromkeys(("cheap", "strong", "cost_target"), (Mode.AUTO,)),
+    }
+    for name, allowed in modes.items():
+        if getattr(body, name) is not None and body.mode not in allowed:
+            raise InvalidRequest(f"{name} is for mode {' and '.join(allowed)} only", param=name)
+    if body.mode not in (Mode.HYBRID, Mode.AUTO):
+        return None
+    budget = body.spill_budget
+    given: dict[str, Any] = {
+        "ttft_s": body.ttft_s or TTFT_S,
+        "spill_pico": None if budget is None else pricing.parse_money(budget, "spill_budget"),
+        "cheap": body.cheap or "",
+        "strong": body.strong or "",
+    }
+    if body.cost_target is not None:
+        given["cost_target"] = body.cost_target
+    return LanePolicy(**given)
+
+
+def _for_tenant(body: NewOrder, caller: Principal) -> str:
+    """For whom it is. Raises InvalidRequest, PermissionDenied."""
+    if caller.role is Role.PROVIDER:
+        raise PermissionDenied("a provider's key cannot deploy")
     tenant_id = _tenant_of(caller) or body.tenant_id
     if tenant_id is None:
-        raise InvalidRequest("tenant_id: say for whom the lease is (--tenant NAME)")
+        raise InvalidRequest("tenant_id: say for whom it is (--tenant NAME)")
     if body.tenant_id not in (None, tenant_id):
         raise PermissionDenied(f"this key may not order for tenant {body.tenant_id}")
+    return tenant_id
+
+
+def _order(body: NewOrder, services: Services, caller: Principal) -> Order:
+    now = services.clock.now()
+    tenant_id = _for_tenant(body, caller)
     count, milli = parse_gpus(body.gpus)
     price = None if body.max_price is None else pricing.parse_money(body.max_price, "max_price")
     model = catalog.find(body.model)
@@ -477,6 +519,7 @@ def deployment_row(
     return {
         **values,
         "replicas": bounds,
+        "policy": _policy_row(deployment.policy),
         "state": state,
         "reason": reason,
         "ready": ready,
@@ -489,7 +532,15 @@ def order_row(order: Order) -> dict[str, Any]:
     row = {name: _plain(value) for name, value in asdict(order).items()}
     price = row.pop("max_price_pico")
     row["max_price"] = None if price is None else pricing.format_money(price)
-    return row
+    return row | {"policy": _policy_row(order.policy)}
+
+
+def _policy_row(policy: LanePolicy | None) -> dict[str, Any] | None:
+    if policy is None:
+        return None
+    row = asdict(policy)
+    spill = row.pop("spill_pico")
+    return row | {"spill_budget": None if spill is None else pricing.format_money(spill)}
 
 
 def lease_row(lease: Lease) -> dict[str, Any]:

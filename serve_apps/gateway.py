@@ -31,11 +31,13 @@ from market.ledger.producer import Producer
 from market.limits import Limits
 from market.queueing import Queues
 from market.scheduler.shares import GatewayReport
+from market.scorer import load_scorer
 from market.slicing import Slices
 from market.types import RouteTable
 from serve_apps.auth import Authenticator
 from serve_apps.http import Services, create_app
 from serve_apps.idempotency import Idempotency
+from serve_apps.lanes import Lanes
 from serve_apps.live import LiveRoutes
 from serve_apps.metrics import CountingSink, Metrics
 from serve_apps.observed import AccessLog, Watcher
@@ -97,6 +99,7 @@ class Gateway:
                 ledger=ledger,
                 scheduler=scheduler,
                 routes=routes,
+                lanes=Lanes(routes, self._queues.load, load_scorer(config.scorer)),
                 inference=self._inference,
                 authenticator=keys,
                 limits=self._limits,

@@ -23,6 +23,7 @@ from market.scheduler.service import Scheduler
 from market.types import FinishReason, Principal
 from serve_apps.auth import Authenticator, require_method
 from serve_apps.idempotency import Idempotency
+from serve_apps.lanes import Lanes
 from serve_apps.live import LiveRoutes
 from serve_apps.metrics import Metrics
 from serve_apps.observed import Observer, Watcher, seen_of
@@ -50,6 +51,7 @@ class Services:
     ledger: Ledger
     scheduler: Scheduler
     routes: LiveRoutes
+    lanes: Lanes
     inference: Inference
     authenticator: Authenticator
     limits: Limits

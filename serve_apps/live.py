@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 from ray.exceptions import RayError
@@ -33,6 +34,7 @@ from market.types import (
     Role,
     Route,
     RouteTable,
+    Rule,
 )
 from serve_apps.auth import may_use
 from serve_apps.link import REPLICA_TIMEOUT_S, Link
@@ -165,6 +167,7 @@ class LiveRoutes:
                 *table.starting,
                 *(NotReady(r.model, r.deployment_id, r.tenant_id, "starting") for r in gone),
             ),
+            rules=table.rules,
         )
         self._refreshed.set()
         self._refreshed = asyncio.Event()
@@ -207,6 +210,27 @@ class LiveRoutes:
         ]
         return [model for model, entry in found if isinstance(entry, NotReady) and entry.wakes]
 
+    def rule(self, model: str, principal: Principal) -> Rule | None:
+        """What this key's requests for a model, or a name of its tenant's own, are routed by."""
+        if principal.role is not Role.TENANT:
+            return None
+        own = (r for r in self.rules(principal.subject_id) if r.model == model)
+        return next(own, None)
+
+    def rules(self, tenant_id: str) -> list[Rule]:
+        """All rules of a tenant."""
+        return [rule for rule in self._table.rules if rule.tenant_id == tenant_id]
+
+    def own(self, model: str, principal: Principal) -> Route | None:
+        """The least busy replica of the tenant's own leases, if one serves."""
+        found = self._at(model, principal.subject_id, principal, Lane.LEASE)
+        return found if isinstance(found, Route) else None
+
+    def pool(self, model: str, principal: Principal, lane: Lane) -> Route | NotReady | None:
+        """The pool's least busy replica as one of ``lane``; why there is none; None if no pool."""
+        found = self._at(model, None, principal, lane)
+        return replace(found, lane=lane) if isinstance(found, Route) else found
+
     async def route(self, model: str, principal: Principal) -> Route:
         """The replica that gets the next request for ``model`` by this key.
 
@@ -220,7 +244,7 @@ class LiveRoutes:
             await self.refresh()  # it may have been deployed a moment ago
             found = self._find(model, principal)
         if isinstance(found, NotReady) and found.wakes:
-            found = await self._awake(model, principal)
+            found = await self.awake(model, principal)
         if isinstance(found, Route):
             return found
         if found is not None:
@@ -236,10 +260,11 @@ class LiveRoutes:
             param="model",
         )
 
-    async def _awake(self, model: str, principal: Principal) -> Route | NotReady | None:
-        """Wait for a model to start; the next report tells the scheduler that somebody does.
+    async def awake(self, model: str, principal: Principal) -> Route | NotReady | None:
+        """Wait for a model's pool to start; the next report tells the scheduler that somebody does.
 
-        Raises NoCapacity if too many wait already, or for too long.
+        Raises NoCapacity if too many wait already, or for too long; PermissionDenied, NotFound or
+        InsufficientBalance for who could not buy its answers.
         """
         await self._require_means(model, principal)
         who = model, principal.subject_id
@@ -257,7 +282,7 @@ class LiveRoutes:
         try:
             async with asyncio.timeout(COLD_WAIT_S):
                 while True:
-                    found = self._find(model, principal)
+                    found = self._at(model, None, principal, Lane.TOKENS)
                     if not isinstance(found, NotReady) or not found.wakes:
                         return found
                     await self._refreshed.wait()
@@ -292,7 +317,7 @@ class LiveRoutes:
     def least_busy(self, route: Route) -> Route:
         """The replica of the same deployment that has the least to do now, after the queue."""
         ready = [r for r in self._table.ready if r.deployment_id == route.deployment_id]
-        return min(ready, key=self._busy, default=route)
+        return replace(min(ready, key=self._busy, default=route), lane=route.lane)
 
     async def another(self, route: Route) -> Route:
         """A replica of the same deployment for a second try, as soon as one can be asked.
@@ -305,7 +330,8 @@ class LiveRoutes:
             ready = [r for r in self._table.ready if r.deployment_id == route.deployment_id]
             there = [r for r in ready if self._engines[r.app_name].connected]
             if there:
-                return min(there, key=lambda r: (r.app_name == route.app_name, self._busy(r)))
+                best = min(there, key=lambda r: (r.app_name == route.app_name, self._busy(r)))
+                return replace(best, lane=route.lane)
             starting = (entry.deployment_id for entry in self._table.starting)
             if not ready and route.deployment_id not in starting:
                 break
@@ -372,21 +398,27 @@ class LiveRoutes:
         return load_prompter(str(folder))
 
     def _find(self, model: str, principal: Principal) -> Route | NotReady | None:
-        """The least busy replica that this key may use; why there is none; None if unknown."""
-        owner = principal.subject_id if principal.role is Role.TENANT else None
-        ready = [
-            route
-            for route in self._table.ready
-            if route.model == model and may_use(principal, route.lane)
-        ]
-        waiting = [entry for entry in self._table.starting if entry.model == model]
-        for tenant_id in dict.fromkeys((owner, None)):
-            own = [route for route in ready if route.tenant_id == tenant_id]
-            if own:
-                return min(own, key=self._busy)
-            for entry in waiting:
-                if entry.tenant_id == tenant_id:
-                    return entry
+        """The least busy replica that this key may use; why there is none; None if unknown.
+
+        A tenant's own lease comes before the pool.
+        """
+        if principal.role is Role.TENANT:
+            own = self._at(model, principal.subject_id, principal, Lane.LEASE)
+            if own is not None:
+                return own
+        return self._at(model, None, principal, Lane.TOKENS)
+
+    def _at(
+        self, model: str, tenant_id: str | None, principal: Principal, lane: Lane
+    ) -> Route | NotReady | None:
+        """The same among the replicas of one tenant, or of the pool."""
+        if may_use(principal, lane):
+            ready = [r for r in self._table.ready if r.model == model and r.tenant_id == tenant_id]
+            if ready:
+                return min(ready, key=self._busy)
+        for entry in self._table.starting:
+            if entry.model == model and entry.tenant_id == tenant_id:
+                return entry
         return None
 
     def _busy(self, route: Route) -> tuple[bool, int, str]:

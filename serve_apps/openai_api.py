@@ -16,8 +16,19 @@ from fastapi.responses import Response
 
 from market import catalog, pricing
 from market.accounts import MARKET_PROVIDER
-from market.errors import InvalidRequest, MarketError, MarketFault, RateLimited
+from market.errors import (
+    EngineFailed,
+    InsufficientBalance,
+    InvalidRequest,
+    MarketError,
+    MarketFault,
+    NoCapacity,
+    Overloaded,
+    RateLimited,
+    SlowDown,
+)
 from market.metering import Admission, Ask
+from market.routing import Choice, Query
 from market.types import EngineChunk, Principal, Route, Sampling, UsageRecord
 from serve_apps.auth import require_model
 from serve_apps.http import Caller, Services, With, principal_of, services_of
@@ -51,6 +62,10 @@ LOGPROBS_MAX = 2**18
 router = APIRouter(prefix="/v1")
 
 Stream = AsyncGenerator[EngineChunk | UsageRecord, None]
+# A choice that was made before, because another was made in vain.
+Given = Choice | None
+# What makes a request go elsewhere, if its choice names a place.
+ELSEWHERE = (EngineFailed, InsufficientBalance, NoCapacity, Overloaded, SlowDown)
 Writer = Events | ResponsesEvents
 
 
@@ -67,7 +82,7 @@ class Call:
 
     services: Services
     caller: Principal
-    route: Route
+    choice: Choice
     ask: Ask
     operation: str
     stream: bool
@@ -82,6 +97,7 @@ async def list_models(services: With, caller: Caller) -> dict[str, Any]:
     ready = services.routes.ready(caller)
     models = [_model_object(r.model, r.max_context_tokens, r.provider_id) for r in ready]
     models += [_cold_model_object(model) for model in services.routes.waking(caller)]
+    models += [_model_object(name, 0, caller.subject_id) for name in services.lanes.names(caller)]
     return {"object": "list", "data": sorted(models, key=lambda model: str(model["id"]))}
 
 
@@ -91,6 +107,8 @@ async def get_model(model: str, services: With, caller: Caller) -> dict[str, Any
     require_model(caller, model)
     if model in services.routes.waking(caller):
         return _cold_model_object(model)  # looking must not start it
+    if model in services.lanes.names(caller):
+        return _model_object(model, 0, caller.subject_id)
     route = await services.routes.route(model, caller)
     return _model_object(model, route.max_context_tokens, route.provider_id)
 
@@ -122,11 +140,11 @@ async def embeddings(request: Request) -> Response:
 # -- from bodies to calls ----------------------------------------------------------------------
 
 
-async def _chat(services: Services, caller: Principal, raw: bytes) -> Call:
+async def _chat(services: Services, caller: Principal, raw: bytes, given: Given) -> Call:
     body = parse(ChatBody, raw)
-    route, prompter = await _model(services, caller, body.model)
-    ask = await _chat_ask(body, route, prompter, len(raw))
-    return _generation(services, caller, route, (ask, body, ChatShape(ask.count)))
+    choice, prompter = await _model(services, caller, body.model, body.query, given)
+    ask = await _chat_ask(body, choice.route, prompter, len(raw))
+    return _generation(services, caller, choice, (ask, body, ChatShape(ask.count)))
 
 
 async def _chat_ask(body: ChatBody, route: Route, prompter: Prompter, size: int) -> Ask:
@@ -142,9 +160,9 @@ async def _chat_ask(body: ChatBody, route: Route, prompter: Prompter, size: int)
     )
 
 
-async def _completion(services: Services, caller: Principal, raw: bytes) -> Call:
+async def _completion(services: Services, caller: Principal, raw: bytes, given: Given) -> Call:
     body = parse(CompletionBody, raw)
-    route, prompter = await _model(services, caller, body.model)
+    choice, prompter = await _model(services, caller, body.model, body.query, given)
     prompts = tuple([await prompter.text(prompt, len(raw)) for prompt in body.prompt])
     repeated = body.logprobs if body.echo else None
     ask = Ask(
@@ -165,19 +183,19 @@ async def _completion(services: Services, caller: Principal, raw: bytes) -> Call
             for given, ids in zip(body.prompt, prompts, strict=True)
         ]
     shape = CompletionShape(ask.count, ask.answers, echoes)
-    return _generation(services, caller, route, (ask, body, shape))
+    return _generation(services, caller, choice, (ask, body, shape))
 
 
-async def _responses(services: Services, caller: Principal, raw: bytes) -> Call:
+async def _responses(services: Services, caller: Principal, raw: bytes, given: Given) -> Call:
     body = parse(ResponsesBody, raw)
     chat = body.as_chat()
-    route, prompter = await _model(services, caller, body.model)
-    ask = await _chat_ask(chat, route, prompter, len(raw))
+    choice, prompter = await _model(services, caller, body.model, chat.query, given)
+    ask = await _chat_ask(chat, choice.route, prompter, len(raw))
     shape = ChatShape(1)
     return Call(
         services,
         caller,
-        route,
+        choice,
         ask,
         "chat",
         stream=bool(body.stream),
@@ -187,9 +205,9 @@ async def _responses(services: Services, caller: Principal, raw: bytes) -> Call:
     )
 
 
-async def _embeddings(services: Services, caller: Principal, raw: bytes) -> Call:
+async def _embeddings(services: Services, caller: Principal, raw: bytes, given: Given) -> Call:
     body = parse(EmbeddingBody, raw)
-    route, prompter = await _model(services, caller, body.model, embeds=True)
+    choice, prompter = await _model(services, caller, body.model, body.query, given, embeds=True)
     if body.dimensions is not None:
         raise InvalidRequest(
             f"{body.model} has vectors of one length; leave dimensions out", param="dimensions"
@@ -210,13 +228,13 @@ async def _embeddings(services: Services, caller: Principal, raw: bytes) -> Call
             vectors[chunk.index] = chunk.embedding
 
     ask = Ask(prompts, Sampling(1), embeds=True, stream=False)
-    return Call(services, caller, route, ask, "embeddings", False, whole, _no_events, keep)
+    return Call(services, caller, choice, ask, "embeddings", False, whole, _no_events, keep)
 
 
 def _generation(
     services: Services,
     caller: Principal,
-    route: Route,
+    choice: Choice,
     asked: tuple[Ask, GenerationBody, Shape],
 ) -> Call:
     ask, body, shape = asked
@@ -235,7 +253,7 @@ def _generation(
     return Call(
         services,
         caller,
-        route,
+        choice,
         ask,
         shape.operation,
         stream=bool(body.stream),
@@ -249,22 +267,31 @@ def _generation(
     )
 
 
-async def _model(
-    services: Services, caller: Principal, model: str, embeds: bool = False
-) -> tuple[Route, Prompter]:
-    require_model(caller, model)
-    route = await services.routes.route(model, caller)
+async def _model(  # who asks for what, how
+    services: Services,
+    caller: Principal,
+    model: str,
+    query: Callable[[], Query],
+    given: Given,
+    *,
+    embeds: bool = False,
+) -> tuple[Choice, Prompter]:
+    """Where the request goes (``given``, if that is decided), and that model's tokenizer."""
+    for name in services.lanes.models(model, caller):
+        require_model(caller, name)
+    choice = given or await services.lanes.choose(model, caller, query)
+    route = choice.route
     if embeds != route.embeds:
         does = "makes embeddings only" if route.embeds else "makes no embeddings; it answers chats"
         raise InvalidRequest(f"{model} {does}", param="model")
-    return route, await services.routes.prompter(route)
+    return choice, await services.routes.prompter(route)
 
 
 # -- from calls to answers ---------------------------------------------------------------------
 
 
 async def _answer(
-    request: Request, read: Callable[[Services, Principal, bytes], Awaitable[Call]]
+    request: Request, read: Callable[[Services, Principal, bytes, Given], Awaitable[Call]]
 ) -> Response:
     """Authenticate, read, admit, generate, answer; once per Idempotency-Key."""
     services = services_of(request)
@@ -276,8 +303,14 @@ async def _answer(
         seen = seen_of(request.scope)
         try:
             services.limits.check(caller.api_key_id, caller.policy, now_s)
-            call = await read(services, caller, raw)
-            return await _generate(call, began_s, seen)
+            call = await read(services, caller, raw, None)
+            try:
+                return await _generate(call, began_s, seen)
+            except ELSEWHERE:
+                if call.choice.otherwise is None:
+                    raise
+                call = await read(services, caller, raw, call.choice.otherwise)
+                return await _generate(call, began_s, seen)
         except RateLimited:
             seen.rate_limits = services.limits.headers(caller.api_key_id, caller.policy, now_s)
             raise
@@ -297,12 +330,12 @@ def _is_patient(services: Services, raw: bytes) -> bool:
         asked = msgspec.json.decode(raw, type=_Patience)
     except msgspec.DecodeError:
         return False
-    return bool(asked.stream) and asked.model in services.routes.cold()
+    return bool(asked.stream) and services.lanes.is_starting(asked.model)
 
 
 async def _generate(call: Call, began_s: float, seen: Seen) -> Response:
     services, caller = call.services, call.caller
-    seen.operation, seen.model, seen.stream = call.operation, call.route.model, call.stream
+    seen.operation, seen.model, seen.stream = call.operation, call.choice.route.model, call.stream
     seen.sampling, seen.answers = call.ask.sampling, call.ask.answers
     _check_logprobs(call)
     limit = call.ask.sampling.max_tokens or pricing.FIRST_BLOCK_TOKENS
@@ -310,7 +343,7 @@ async def _generate(call: Call, began_s: float, seen: Seen) -> Response:
     now_s = services.clock.monotonic()
     let = services.limits.enter(caller.api_key_id, caller.policy, expected, now_s)
     try:
-        admission = await services.inference.admit(caller, call.route, call.ask)
+        admission = await services.inference.admit(caller, call.choice, call.ask)
     except BaseException:
         services.limits.leave(let, 0, services.clock.monotonic())
         raise
@@ -340,7 +373,7 @@ def _check_logprobs(call: Call) -> None:
     sampling = call.ask.sampling
     if call.stream or sampling.logprobs is None:
         return
-    limit = sampling.max_tokens or call.route.max_context_tokens
+    limit = sampling.max_tokens or call.choice.route.max_context_tokens
     if call.ask.count * limit * (sampling.logprobs + 1) > LOGPROBS_MAX:
         raise InvalidRequest(
             f"log probabilities of {call.ask.count} x {limit} tokens are too many for one answer; "
@@ -396,10 +429,12 @@ def _headers(call: Call, admission: Admission) -> dict[str, str]:
     services, caller, route = call.services, call.caller, admission.route
     headers = {
         "x-request-id": admission.request_id,
-        "x-market-lane": route.lane,
+        "x-market-lane": call.choice.route.lane,
         "x-market-provider": route.provider_id,
         "x-market-price-id": admission.card.price_id,
     }
+    if call.choice.reason is not None:
+        headers["x-market-lane-reason"] = call.choice.reason
     if route.lease_id is not None:
         headers["x-market-lease-id"] = route.lease_id
     now_s = services.clock.monotonic()

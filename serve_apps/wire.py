@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from market.errors import InvalidRequest
+from market.routing import Query
 from market.types import Grammar, GrammarKind, Lane, Sampling
 from serve_apps.messages import TOOLS_MAX, Message, NamedTool, Tool
 
@@ -27,6 +28,8 @@ MESSAGES_MAX = 4096
 ANSWERS_MAX = 128
 TOP_LOGPROBS_MAX = 20
 SCHEMA_MAX_BYTES = 128 * 1024
+# Of text, about; for what is decided before it is tokenized.
+CHARACTERS_PER_TOKEN = 4
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -244,6 +247,13 @@ class ChatBody(GenerationBody):
         """Alternatives per token, None for no logprobs at all."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    def query(self) -> Query:
+        """What tells how hard it is: the last thing that the user says."""
+        texts = [str(message.for_template()["content"]) for message in self.messages]
+        asked = [t for m, t in zip(self.messages, texts, strict=True) if m.role == "user"]
+        tokens = sum(map(len, texts)) // CHARACTERS_PER_TOKEN
+        return Query((asked or texts)[-1], tokens, bool(self.tools_for_template()))
+
     def tools_for_template(self) -> list[dict[str, Any]] | None:
         """As chat templates take them; fields as vLLM gives them, so that prompts are equal."""
         if self.tools is None or self.tool_choice == "none":
@@ -298,6 +308,7 @@ class CompletionBody(GenerationBody):
     prompt: list[str | list[int]]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     echo: bool = False
+
     logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS_MAX)] | None = None
 
     @field_validator("prompt", mode="plain")
@@ -332,6 +343,10 @@ class CompletionBody(GenerationBody):
         """Most tokens of an answer; an engine generates at least one."""
         return COMPLETION_MAX_TOKENS if self.max_tokens is None else max(1, self.max_tokens)
 
+    def query(self) -> Query:
+        """What tells how hard it is. Raises InvalidRequest for token ids: whose tokens are they?"""
+        return _query_of(self.prompt, "prompt")
+
 
 class EmbeddingBody(BaseModel):
     """``POST /v1/embeddings``. ``input`` becomes a list of texts or lists of token ids."""
@@ -340,8 +355,13 @@ class EmbeddingBody(BaseModel):
 
     model: str
     input: list[str | list[int]]
+
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1)] | None = None
+
+    def query(self) -> Query:
+        """As of a completion's prompt."""
+        return _query_of(self.input, "input")
 
     @field_validator("input", mode="plain")
     @classmethod
@@ -409,6 +429,16 @@ def json_object(raw: bytes) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise InvalidRequest("the body must be a JSON object")
     return body
+
+
+def _query_of(given: list[str | list[int]], param: str) -> Query:
+    texts = [text for text in given if isinstance(text, str)]
+    if len(texts) < len(given):
+        raise InvalidRequest(
+            "token ids are those of one model; name the model, or send text", param=param
+        )
+    longest = max(texts, key=len, default="")
+    return Query(longest, len(longest) // CHARACTERS_PER_TOKEN)
 
 
 def service_tier(lane: Lane) -> str:

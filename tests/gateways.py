@@ -4,6 +4,7 @@ from market.fakes import DirectGrants, DirectSink, FakeClock, FakeRoutes, Memory
 from market.inference import Inference
 from market.metering import Ask
 from market.queueing import Queues
+from market.routing import Choice
 from market.slicing import Slices
 from market.types import Sampling
 from tests.samples import ACME, CARD, ROUTE, deposit
@@ -33,7 +34,7 @@ class Gateway:
         route = await self.routes.route("tiny", principal)
         prompts = more.pop("prompts", (prompt,))
         return await self.inference.admit(
-            principal, route, Ask(prompts, Sampling(max_tokens), **more)
+            principal, Choice(route), Ask(prompts, Sampling(max_tokens), **more)
         )
 
     async def answer(self, **asked):

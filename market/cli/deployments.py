@@ -17,7 +17,17 @@ QUOTE = (
     *("model", "place", "gpu_type", "start", "end", "price_per_gpu_hour", "price_per_hour"),
     *("total", "held", "currency"),
 )
-OPTION_OF = {"provider_id": "provider", "tenant_id": "tenant"}
+OPTION_OF = {"provider_id": "provider", "tenant_id": "tenant", "ttft_s": "ttft"}
+ORDER = (
+    *("gpus", "term", "start", "gpu_type", "gpu_memory_gib", "max_price", "region"),
+    *("provider_id", "resale", "tenant_id", "order_id", "queue"),
+)
+USES = {
+    "tokens": ("replicas", "keep_alive", "max_spend"),
+    "lease": ORDER,
+    "hybrid": (*ORDER, "spill_budget", "ttft_s"),
+    "auto": ("tenant_id", "ttft_s", "cheap", "strong", "cost_target"),
+}
 POLL_S = 0.3
 # It serves, or will at the first request.
 SETTLED = ("ready", "cold")
@@ -61,7 +71,9 @@ def register(app: typer.Typer) -> None:
     app.command(
         epilog="Examples: market deploy tiny-qwen --mode tokens --engine vllm; "
         "market deploy tiny-qwen --replicas 0:2 --keep-alive 10m; "
-        "market deploy qwen-7b --mode lease --gpus 0.5 --term 30d --tenant acme"
+        "market deploy qwen-7b --mode lease --gpus 0.5 --term 30d --tenant acme; "
+        "market deploy qwen-7b --mode hybrid --term 30d --spill-budget 5 --tenant acme; "
+        "market deploy smart --mode auto --cheap qwen-0.5b --strong qwen-7b --tenant acme"
     )(deploy)
     app.command(epilog="Example: market quote qwen-7b --gpus 2 --term 30d --tenant acme")(quote)
     app.command(epilog="Examples: market undeploy tiny-qwen; market undeploy LEASE --yes")(undeploy)
@@ -71,7 +83,11 @@ def register(app: typer.Typer) -> None:
 def deploy(  # noqa: PLR0913  # one argument per option
     model: Model,
     mode: Annotated[
-        str, typer.Option(help="tokens: sold to everybody. lease: GPUs of its own for a tenant.")
+        str,
+        typer.Option(
+            help="tokens: sold to everybody. lease: GPUs of its own for a tenant. hybrid: a lease "
+            "that spills to the pool. auto: each request where it is cheapest."
+        ),
     ] = "tokens",
     engine: Engine = None,
     replicas: Annotated[
@@ -97,6 +113,21 @@ def deploy(  # noqa: PLR0913  # one argument per option
     region: Region = None,
     provider: Provider = None,
     resale: Resale = False,
+    spill_budget: Annotated[
+        str | None, typer.Option(help="Hybrid: spills cost at most this a day; default: any.")
+    ] = None,
+    ttft: Annotated[
+        float | None,
+        typer.Option(help="Hybrid, auto: first token wanted within so many seconds; default: 2."),
+    ] = None,
+    cheap: Annotated[
+        str | None, typer.Option(help="Auto: this model for easy requests; MODEL is a new name.")
+    ] = None,
+    strong: Annotated[str | None, typer.Option(help="Auto: this model for hard ones.")] = None,
+    cost_target: Annotated[
+        float | None,
+        typer.Option(help="Auto: so much of what the strong model alone costs; default: 0.5."),
+    ] = None,
     tenant: Tenant = None,
     order_id: Annotated[
         str | None, typer.Option(help="Lease: the same id again orders nothing more.")
@@ -111,7 +142,7 @@ def deploy(  # noqa: PLR0913  # one argument per option
     timeout_s: Annotated[float, typer.Option(help="Longest wait.")] = 600,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Make a model available: its tokens to everybody, or GPUs of its own to a tenant."""
+    """Make a model available: its tokens to everybody, or GPUs of its own to a tenant, or both."""
     from market.cli.api import request
 
     order = _given(
@@ -129,15 +160,19 @@ def deploy(  # noqa: PLR0913  # one argument per option
         queue=queue,
     )
     pool = _given(replicas=replicas, keep_alive=keep_alive, max_spend=max_spend)
-    _check_options(mode, order, pool)
-    if mode == "lease":
+    lanes = _given(
+        spill_budget=spill_budget, ttft_s=ttft, cheap=cheap, strong=strong, cost_target=cost_target
+    )
+    _check_options(mode, order, pool, lanes)
+    leased = mode in ("lease", "hybrid")
+    if leased:
         order.setdefault("order_id", f"order-{uuid.uuid4().hex[:16]}")
     wanted = _given(model=model, mode=mode, engine=engine, dry_run=dry_run)
-    answer = request("POST", "/deployments", json=wanted | pool | order)
-    if dry_run and mode == "lease":
+    answer = request("POST", "/deployments", json=wanted | pool | order | lanes)
+    if dry_run and leased:
         _show_quote(output, answer)
         return
-    if mode == "lease":
+    if leased:
         answer = _granted(answer, wait, timeout_s)
     elif wait and not dry_run:
         answer = _wait(answer, timeout_s, time.monotonic())
@@ -240,17 +275,14 @@ def _given(**options: Any) -> dict[str, Any]:
     return {n: value for n, value in options.items() if value is not None and value is not False}
 
 
-def _check_options(mode: str, order: dict[str, Any], pool: dict[str, Any]) -> None:
+def _check_options(mode: str, *given: dict[str, Any]) -> None:
     """Raises typer.BadParameter for an option that the mode has no use for."""
-    if mode == "tokens" and order:
-        name = next(iter(order))
+    if mode not in USES:
+        raise typer.BadParameter(f"{mode}: use {', '.join(USES)}", param_hint="--mode")
+    for name in (name for options in given for name in options if name not in USES[mode]):
+        modes = " and ".join(known for known, names in USES.items() if name in names)
         option = OPTION_OF.get(name, name.replace("_", "-"))
-        raise typer.BadParameter("is for --mode lease only", param_hint=f"--{option}")
-    if mode == "lease" and pool:
-        option = next(iter(pool)).replace("_", "-")
-        raise typer.BadParameter(
-            "is for --mode tokens only; a lease has one replica", param_hint=f"--{option}"
-        )
+        raise typer.BadParameter(f"is for --mode {modes} only", param_hint=f"--{option}")
 
 
 def _show(output: Output, answer: dict[str, Any]) -> None:

@@ -40,6 +40,11 @@ _SUMS = (
     "CAST(coalesce(sum(gpu_us), 0) AS BIGINT) AS gpu_us, "
     "coalesce(sum(charge), 0) AS charge, currency "
 )
+# What auto routing saved: what the dearer of two ways would have cost, beyond the one taken.
+_SAVED = (
+    "coalesce(sum(greatest(CAST(attrs['not_taken_charge'] AS DECIMAL(38, 12)) - abs(charge), 0) "
+    "* CASE kind WHEN 'tokens' THEN 1 WHEN 'reversal' THEN -1 ELSE 0 END), 0) AS saved, "
+)
 _WHERE = (
     "WHERE ($tenant IS NULL OR tenant_id = $tenant) AND ($model IS NULL OR model = $model) "
     "AND ($since IS NULL OR booked_at >= $since) AND ($until IS NULL OR booked_at < $until) "
@@ -74,9 +79,9 @@ class UsageQuery:
 
 
 def usage(snapshot: Snapshot, query: UsageQuery) -> list[dict[str, Any]]:
-    """Requests, tokens, GPU time and charge per group, largest charge first."""
+    """Requests, tokens, GPU time, charge and savings per group, largest charge first."""
     groups = "".join(f'{GROUPS[name]} AS "{name}", ' for name in query.by)
-    sql = f"SELECT {groups} {_SUMS} FROM usage {_WHERE} GROUP BY ALL"
+    sql = f"SELECT {groups} {_SAVED} {_SUMS} FROM usage {_WHERE} GROUP BY ALL"
     rows = _rows(snapshot, sql, query.parameters())
     return sorted(rows, key=lambda row: (-row["charge"], [str(row[name]) for name in query.by]))
 

@@ -8,7 +8,7 @@ from datetime import datetime
 from sqlalchemy import Connection, Row, Table, select
 
 from market.accounts import Account, Hold, HoldState, Side
-from market.types import HoldRequest, Lane
+from market.types import Budget, HoldRequest, Lane, Period
 
 
 def rows_by_key(
@@ -62,6 +62,9 @@ def hold_from(row: Row[tuple[object, ...]]) -> Hold:
     request = json.loads(values["request"])
     request["lane"] = Lane(request["lane"])
     request["started_at"] = datetime.fromisoformat(request["started_at"])
+    if request.get("cap") is not None:
+        cap = request["cap"]
+        request["cap"] = Budget(cap["subject"], Period(cap["period"]), cap["limit_pico"])
     return Hold(
         HoldRequest(**request),
         values["amount_pico"],

@@ -198,18 +198,18 @@ class LedgerStore:
         return hold
 
     def _allowance(self, request: HoldRequest) -> Allowance | None:
-        """What the budgets of key and tenant leave; None without any."""
+        """What the budgets of key and tenant and its own cap leave; None without any."""
+        found = [] if request.cap is None else [request.cap]
+        for subject in _spenders(request):
+            found.extend(self.state.budgets.get(subject, ()))
         bounds = []
-        for subject in (rules.tenant_account(request.tenant_id), request.api_key_id):
-            for budget in self.state.budgets.get(subject or "", ()):
-                held = sum(
-                    hold.left_pico
-                    for hold in self.state.holds.values()
-                    if hold.state is HoldState.PENDING
-                    and subject
-                    in (rules.tenant_account(hold.request.tenant_id), hold.request.api_key_id)
-                )
-                bounds.append((budget, held))
+        for budget in found:
+            held = sum(
+                hold.left_pico
+                for hold in self.state.holds.values()
+                if hold.state is HoldState.PENDING and budget.subject in _spenders(hold.request)
+            )
+            bounds.append((budget, held))
         return budgets.allowance(bounds, self.state.spends, self._clock.now())
 
     def set_budgets(
@@ -448,7 +448,7 @@ class LedgerStore:
         booked_at = self._book_time()
         self._enter(connection, booked_at, arrived, books.new_transfers)
         self.state.keep(books)
-        if self.state.budgets and not corrects:
+        if not corrects:
             self._count_spends(batch, booked_at)
         for key, gpu_us in lease_totals.items():
             self.state.set_lease(key, gpu_us)
@@ -488,19 +488,26 @@ class LedgerStore:
                 raise InvalidRequest(f"records of {tenant_id} charge, but name no hold")
 
     def _count_spends(self, batch: pa.RecordBatch, now: datetime) -> None:
-        """Add a batch's charges to the budgets of their keys and tenants."""
-        for column, subject_of in (("api_key_id", str), ("tenant_id", rules.tenant_account)):
-            for name in batch[column].unique().to_pylist():
-                bounds = () if name is None else self.state.budgets.get(subject_of(name), ())
-                if not bounds:
-                    continue
-                own = batch.filter(pc.equal(batch[column], name))
-                amount_pico = money_sum(own["charge"])
-                for budget in bounds:
-                    key = (budget.subject, budget.period)
-                    before = self.state.spends.get(key)
-                    spend = budgets.add(before, budget.period, now, amount_pico)
-                    self.state.set_spend(key, spend)
+        """Add a batch's charges to the budgets of their keys and tenants, and to holds' caps."""
+
+        def count(column: str, name: str, bounds: Iterable[Budget]) -> None:
+            own = batch.filter(pc.equal(batch[column], name))
+            amount_pico = money_sum(own["charge"])
+            for budget in bounds:
+                key = (budget.subject, budget.period)
+                spend = budgets.add(self.state.spends.get(key), budget.period, now, amount_pico)
+                self.state.set_spend(key, spend)
+
+        if self.state.budgets:
+            for column, subject_of in (("api_key_id", str), ("tenant_id", rules.tenant_account)):
+                for name in batch[column].unique().drop_null().to_pylist():
+                    bounds = self.state.budgets.get(subject_of(name), ())
+                    if bounds:
+                        count(column, name, bounds)
+        for name in batch["slice_id"].unique().drop_null().to_pylist():
+            hold = self.state.holds.get(name)
+            if hold is not None and hold.request.cap is not None:
+                count("slice_id", name, [hold.request.cap])
 
     def _release(self, books: Books, ended: Sequence[Hold]) -> None:
         """Put on record what returned to each tenant from holds that ended."""
@@ -651,3 +658,10 @@ def _charge(
         lsn_lo=lsn_range[0],
         lsn_hi=lsn_range[1],
     )
+
+
+def _spenders(request: HoldRequest) -> tuple[str, ...]:
+    """Whose budgets a hold counts against."""
+    cap = () if request.cap is None else (request.cap.subject,)
+    key = () if request.api_key_id is None else (request.api_key_id,)
+    return (rules.tenant_account(request.tenant_id), *key, *cap)

@@ -216,7 +216,27 @@ class Orders:
                 raise InvalidRequest("start: from now to 182 days ahead", param="start")
         if await self._core.ledger.rate_card(model.name) is None:
             raise InvalidRequest(f"model {model.name} has no price, so it cannot be served")
+        if order.policy is not None:
+            self._check_hybrid(order)
         await asyncio.to_thread(self._core.cluster.check, model, order.engine)
+
+    def _check_hybrid(self, order: Order) -> None:
+        """Raises NoCapacity without a pool to spill to, Conflict if the tenant has a rule."""
+        known = self._core.state.deployments.values()
+        same = [d for d in known if d.model == order.model and not d.stopping]
+        if not any(d.mode is Mode.TOKENS for d in same):
+            raise NoCapacity(
+                f"no pool of {order.model} that a hybrid could spill to; use --mode lease, or have "
+                f"the operator open one (market deploy {order.model} --mode tokens)"
+            )
+        for other in same:
+            own = other.tenant_id == order.tenant_id and other.policy is not None
+            lease = self._core.state.leases.get(other.lease_id or "")
+            if own and (lease is None or lease.order_id != order.order_id):
+                raise Conflict(
+                    f"{order.model} is deployed as {other.mode} by {other.deployment_id} already; "
+                    "undeploy that first, or use --mode lease for more GPUs"
+                )
 
     def _match(self, order: Order) -> Match | Misfit:
         core = self._core
@@ -253,12 +273,13 @@ class Orders:
         deployment = Deployment(
             deployment_id=lease.lease_id,
             model=lease.model,
-            mode=Mode.LEASE,
+            mode=Mode.LEASE if order.policy is None else Mode.HYBRID,
             engine=lease.engine,
             bounds=Bounds(),
             created_at=now,
             tenant_id=lease.tenant_id,
             lease_id=lease.lease_id,
+            policy=order.policy,
         )
         replicas = [self._replica(lease, "ordered")] if lease.gpu_indices else []
         await core.store.save([matched, lease, deployment, *replicas])

@@ -1,6 +1,7 @@
 """The scheduler service: every public coroutine is one command. It knows nothing of Ray.
 
-Thin: ``orders`` and ``pools`` grant GPUs, ``nodes`` knows who offers them, ``keeper`` is the loop.
+Thin: ``orders`` and ``pools`` grant GPUs, ``rules`` deal requests, ``nodes`` knows who offers GPUs,
+``keeper`` is the loop.
 """
 
 import asyncio
@@ -21,6 +22,7 @@ from market.scheduler.keeper import Keeper
 from market.scheduler.nodes import Nodes, Proof
 from market.scheduler.orders import Orders, Quote
 from market.scheduler.pools import Pools
+from market.scheduler.rules import Rules
 from market.scheduler.shares import GatewayOrders, GatewayReport, Shares
 from market.scheduler.store import Store
 from market.types import (
@@ -28,6 +30,7 @@ from market.types import (
     Deployment,
     DeploymentState,
     Lane,
+    LanePolicy,
     Lease,
     LeaseState,
     Mode,
@@ -75,6 +78,7 @@ class Scheduler:
         self._nodes = Nodes(self._core)
         self._orders = Orders(self._core)
         self._pools = Pools(self._core)
+        self._rules = Rules(self._core)
         self._shares = Shares(clock, ledger)
         self._elastic = Elastic(self._core, self._pools, self._shares)
         self._keeper = Keeper(
@@ -211,6 +215,13 @@ class Scheduler:
         """Sell a model's tokens to everybody. See Pools.open."""
         return await self._pools.open(model, engine, bounds, dry_run)
 
+    async def open_auto(self, name: str, tenant_id: str, policy: LanePolicy) -> Deployment:
+        """Deal a tenant's requests for ``name`` by a policy; asked again, the policy is this one.
+
+        See Rules.open.
+        """
+        return await self._rules.open(name, tenant_id, policy)
+
     async def deployments(self) -> list[tuple[Deployment, tuple[Replica, ...]]]:
         """What should run with its replicas, oldest first."""
         known = sorted(
@@ -236,7 +247,7 @@ class Scheduler:
             for d in self._core.state.deployments.values()
             if name in (d.deployment_id, d.model) and tenant_id in (None, d.tenant_id)
         ]
-        pools = [d for d in found if d.lease_id is None]
+        pools = [d for d in found if d.mode is Mode.TOKENS]
         if tenant_id is None and pools and name != pools[0].deployment_id:
             found = pools
         if not found:
@@ -252,6 +263,8 @@ class Scheduler:
         if found[0].lease_id is not None:
             await self.release(found[0].lease_id)
             return found[0]
+        if found[0].mode is Mode.AUTO:
+            return await self._rules.close(found[0])
         return await self._pools.close(found[0])
 
     async def routes(self) -> RouteTable:
@@ -260,6 +273,8 @@ class Scheduler:
         ready: list[Route] = []
         starting: list[NotReady] = []
         for deployment, replicas in await self.deployments():
+            if deployment.mode is Mode.AUTO:
+                continue
             lease = self._core.state.leases.get(deployment.lease_id or "")
             serving = [r for r in replicas if r.state is ReplicaState.READY]
             if lease is not None and self._clock.now() >= leases.drains_from(lease):
@@ -282,7 +297,7 @@ class Scheduler:
                         wakes=deployment.bounds.minimum == 0 and state in WAKING,
                     )
                 )
-        return RouteTable(tuple(ready), tuple(starting))
+        return RouteTable(tuple(ready), tuple(starting), self._rules.all())
 
     async def grant(self, ask: SliceAsk) -> HoldResult:
         """Open or grow a gateway's token slice. See Shares.grant."""
@@ -340,7 +355,9 @@ def deployment_state(
         found = [replica for replica in replicas if replica.state is seen]
         if found:
             return state, found[0].reason
-    if deployment.mode is Mode.LEASE:
+    if deployment.mode is Mode.AUTO:
+        return DeploymentState.READY, "requests are dealt"
+    if deployment.lease_id is not None:
         return DeploymentState.WAITING, "booked for later"
     if deployment.bounds.minimum == 0:
         return DeploymentState.COLD, "scaled to zero; the next request starts it"

@@ -22,6 +22,7 @@ from market.types import (
     CloseReason,
     Deployment,
     Gpu,
+    LanePolicy,
     Lease,
     LeaseState,
     Mode,
@@ -201,14 +202,20 @@ def _row(value: Value) -> dict[str, Any]:
         return _plain(value) | {"gpus": json.dumps([asdict(gpu) for gpu in value.gpus])}
     if isinstance(value, Lease):
         return _plain(value) | {"gpu_indices": json.dumps(value.gpu_indices)}
+    if isinstance(value, Order):
+        return _plain(value) | {"policy": _policy_text(value.policy)}
     if isinstance(value, Deployment):
-        row = _plain(value)
+        row = _plain(value) | {"policy": _policy_text(value.policy)}
         return row | _plain(row.pop("bounds"))
     if isinstance(value, Replica):
         row = _plain(value)
         place = _plain(row.pop("place"))
         return row | place | {"gpu_indices": json.dumps(place["gpu_indices"])}
     return _plain(value)
+
+
+def _policy_text(policy: LanePolicy | None) -> str | None:
+    return None if policy is None else json.dumps(asdict(policy))
 
 
 def _plain(value: Any) -> dict[str, Any]:
@@ -219,6 +226,8 @@ def _value(kind: type, row: Row[Any]) -> Value:
     values = dict(row._mapping)
     if "gpu_indices" in values:
         values["gpu_indices"] = tuple(json.loads(values["gpu_indices"]))
+    if values.get("policy") is not None:
+        values["policy"] = LanePolicy(**json.loads(values["policy"]))
     if kind is Offer:
         gpus = tuple(Gpu(**gpu) for gpu in json.loads(values["gpus"]))
         return Offer(**values | {"gpus": gpus, "state": OfferState(values["state"])})

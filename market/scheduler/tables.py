@@ -78,6 +78,7 @@ orders = Table(
     Column("region", String),
     Column("provider_id", String),
     Column("resale", Boolean, nullable=False),
+    Column("policy", Text),
     Column("state", String, nullable=False, index=True),
     Column("reason", Text, nullable=False),
     Column("lease_id", String),
@@ -140,6 +141,7 @@ deployments = Table(
     Column("created_at", Moment, nullable=False),
     Column("tenant_id", String),
     Column("lease_id", String),
+    Column("policy", Text),
     Column("stopping", Boolean, nullable=False),
     Column("made", Integer, nullable=False),
 )

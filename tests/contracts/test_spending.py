@@ -3,6 +3,7 @@
 import contextlib
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 
 import pytest
 
@@ -16,6 +17,7 @@ from market.ledger.service import Ledger
 from market.ledger.statement import Party
 from market.pricing import charge, to_decimal
 from market.types import (
+    Budget,
     FinishReason,
     HoldChange,
     KeyPolicy,
@@ -364,3 +366,48 @@ async def test_a_slice_pays_for_its_own_tenant_only(ledger):
     stolen = record(replace(hold, tenant_id="globex"), request_id="req-0")
     with pytest.raises(InvalidRequest):
         await ledger.append("gw0", 1, 0, encode_batch([stolen]))
+
+
+class TestCaps:
+    """What spills from a lease has a budget of its own, which holds carry with them."""
+
+    SPILLED = Budget("spill:lease-1", Period.DAY, 3 * CHARGE)
+
+    async def test_holds_stop_at_the_cap_and_money_returned_counts_no_more(self, ledger):
+        epoch = await ledger.register_producer("gw0")
+        ask = partial(hold_request, epoch=epoch, cap=self.SPILLED, lane=Lane.SPILL)
+        first = await ledger.open_hold(ask("a", wanted_pico=2 * CHARGE, minimum_pico=CHARGE))
+        assert first.status is HoldStatus.GRANTED
+        second = await ledger.open_hold(ask("b", wanted_pico=2 * CHARGE, minimum_pico=1))
+        assert second.hold.amount_pico == CHARGE
+        third = await ledger.open_hold(ask("c", wanted_pico=1, minimum_pico=1))
+        assert third.status is HoldStatus.EXCEEDS_UNTIL_OTHERS_END
+        await ledger.end_hold("gw0", epoch, "a")
+        again = await ledger.open_hold(ask("d", wanted_pico=2 * CHARGE, minimum_pico=1))
+        assert again.hold.amount_pico == 2 * CHARGE
+        other = await ledger.open_hold(hold_request("e", epoch=epoch, wanted_pico=CHARGE))
+        assert other.status is HoldStatus.GRANTED
+
+    async def test_what_was_spent_counts_over_restarts_until_the_day_is_over(self, config, clock):
+        async with opened(config, clock) as ledger:
+            await ledger.create_tenant("acme")
+            await ledger.create_provider("local")
+            await ledger.add_rate_cards([CARD], only_new_models=False)
+            await ledger.transfer(deposit("10"))
+            epoch = await ledger.register_producer("gw0")
+            ask = partial(hold_request, epoch=epoch, cap=self.SPILLED, lane=Lane.SPILL)
+            hold = ask("a", wanted_pico=2 * CHARGE, minimum_pico=1)
+            await ledger.open_hold(hold)
+            rows = [record(slice_id="a", lane=Lane.SPILL), record(slice_id="a", lane=Lane.SPILL)]
+            await ledger.append_usage("gw0", epoch, 0, encode_batch(rows))
+            await ledger.end_hold("gw0", epoch, "a")
+        async with opened(config, clock) as ledger:
+            wanted = ask("b", wanted_pico=9 * CHARGE, minimum_pico=1)
+            assert (await ledger.open_hold(wanted)).hold.amount_pico == CHARGE
+            await ledger.end_hold("gw0", epoch, "b")
+            asked = ask("c", wanted_pico=9 * CHARGE, minimum_pico=2 * CHARGE)
+            refused = await ledger.open_hold(asked)
+            assert refused.status is HoldStatus.EXCEEDS_BUDGET
+            assert refused.allowance.resets_at == NOON.replace(hour=0) + DAY
+            clock.advance(DAY.total_seconds())
+            assert (await ledger.open_hold(asked)).hold.amount_pico == 3 * CHARGE

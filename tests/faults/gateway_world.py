@@ -22,6 +22,7 @@ from market.fakes import FakeClock, FakeRoutes, MemoryLedger
 from market.inference import Inference
 from market.metering import Ask
 from market.queueing import Queues
+from market.routing import Choice
 from market.scheduler.shares import GatewayReport, Shares
 from market.slicing import Slices
 from market.types import (
@@ -321,7 +322,7 @@ class World:
         ask = Ask(prompts, Sampling(rng.choice((1, 20, 300, 900))), answers=rng.choice((1, 1, 3)))
         self.seen["admissions"] += 1
         try:
-            admission = await gateway.inference.admit(principal, ROUTE, ask)
+            admission = await gateway.inference.admit(principal, Choice(ROUTE), ask)
         except MarketFault:
             raise  # a bug
         except MarketError as error:

@@ -59,7 +59,7 @@ class Market:
             config, self.clock, self.ledger, self.cluster, partial(send, self.ledger)
         )
         services = Services(
-            config, self.clock, self.ledger, self.scheduler, None, None,
+            config, self.clock, self.ledger, self.scheduler, None, None, None,
             Authenticator(self.ledger, self.clock), None, None, None,
             ray_access=lambda: ("10.0.0.1:6379", "ray-token"),
         )  # fmt: skip

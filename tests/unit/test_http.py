@@ -14,7 +14,17 @@ from market.errors import Conflict
 from market.fakes import FakeClock, FakeEngine, FakeRoutes
 from market.keys import hash_key, key_id, new_key
 from market.limits import Limits
-from market.types import Access, FinishReason, KeyPolicy, Principal, Role
+from market.routing import Choice, Reason
+from market.types import (
+    Access,
+    Budget,
+    FinishReason,
+    KeyPolicy,
+    Lane,
+    Period,
+    Principal,
+    Role,
+)
 from serve_apps.auth import Authenticator
 from serve_apps.http import Services, create_app
 from serve_apps.idempotency import Idempotency
@@ -26,6 +36,10 @@ KEYS = {"sk-acme": ACME, "sk-op": Principal("key-op", Role.OPERATOR, "operator")
 AUTH = {"authorization": "Bearer sk-acme"}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
 
+
+SPILL = dataclasses.replace(ROUTE, lane=Lane.SPILL)
+LEASED = dataclasses.replace(ROUTE, lane=Lane.LEASE, lease_id="lease-1")
+CAP = Budget("spill:lease-1", Period.DAY, 10**12)
 
 SCOPE = {
     "type": "http",
@@ -77,6 +91,29 @@ class Routes(FakeRoutes):
     async def prompter(self, route):
         return FakePrompter()
 
+    def cold(self):
+        return {}
+
+
+class FakeLanes:
+    """Sends everything to the one route, or where a test says."""
+
+    def __init__(self, routes):
+        self.routes = routes
+        self.choice = None
+
+    def names(self, principal):
+        return []
+
+    def models(self, model, principal):
+        return (model,)
+
+    def is_starting(self, model):
+        return model in self.routes.cold()
+
+    async def choose(self, model, principal, query):
+        return self.choice or Choice(await self.routes.route(model, principal))
+
 
 class Http(Gateway):
     """A gateway with its HTTP surface."""
@@ -84,6 +121,7 @@ class Http(Gateway):
     async def start(self):
         await super().start()
         self.keys = FakeKeys()
+        self.lanes = FakeLanes(self.routes)
         self.config = Config.from_env({})
         self.authenticator = Authenticator(self.keys, self.clock)
         await self.authenticator.poll()
@@ -101,6 +139,7 @@ class Http(Gateway):
                 ledger=self.ledger,
                 scheduler=None,
                 routes=self.routes,
+                lanes=self.lanes,
                 inference=self.inference,
                 authenticator=self.authenticator,
                 limits=Limits(),
@@ -143,9 +182,9 @@ class FakeAnswers:
         del self.kept[tenant_id, key]
 
 
-async def gateway(**engine):
+async def gateway(balance="1", **engine):
     clock = FakeClock()
-    ledger = await prepared("1", clock)
+    ledger = await prepared(balance, clock)
     return await Http(FakeEngine(**engine), ledger, clock, routes=Routes).start()
 
 
@@ -216,6 +255,51 @@ async def test_fault_inside_the_stream_is_an_error_event_and_no_done():
     assert json.loads(last)["error"]["code"] == "engine_failed"
     record = await here.record()
     assert (record.finish_reason, record.charge_pico) == (FinishReason.PROVIDER_ERROR, 0)
+
+
+class TestLanes:
+    async def test_says_why_it_went_where_it_went(self):
+        here = await gateway()
+        here.lanes.choice = Choice(SPILL, Reason.TTFT, cap=CAP, attrs=(("spilled_from", "l-1"),))
+        answer = await here.http.post("/v1/chat/completions", json=CHAT)
+        assert answer.headers["x-market-lane"] == "spill"
+        assert answer.headers["x-market-lane-reason"] == "ttft"
+        record = await here.record()
+        assert (record.lane, record.charge_pico > 0) == (Lane.SPILL, True)
+        assert ("spilled_from", "l-1") in record.attrs
+
+    async def test_who_cannot_pay_for_the_pool_waits_for_the_lease(self):
+        here = await gateway(balance="0")
+        here.lanes.choice = Choice(SPILL, Reason.TTFT, Choice(LEASED, Reason.OWN), cap=CAP)
+        answer = await here.http.post("/v1/chat/completions", json=CHAT)
+        assert (answer.status_code, answer.headers["x-market-lane"]) == (200, "lease")
+        assert (await here.record()).charge_pico == 0
+
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_failure_before_the_first_token_is_served_elsewhere_at_its_price(self, stream):
+        here = await gateway(fail_at=0, failures=1)
+        here.lanes.choice = Choice(ROUTE, Reason.SIMPLE, Choice(SPILL, Reason.FALLBACK))
+        answer = await here.http.post("/v1/chat/completions", json=CHAT | {"stream": stream})
+        assert (answer.status_code, answer.headers["x-market-lane-reason"]) == (200, "fallback")
+        await here.rest()
+        failed, served = here.ledger.records
+        assert (failed.charge_pico, failed.finish_reason) == (0, FinishReason.PROVIDER_ERROR)
+        assert (served.lane, served.charge_pico > 0) == (Lane.SPILL, True)
+
+    async def test_price_not_taken_is_on_record(self):
+        here = await gateway()
+        dear = dataclasses.replace(CARD, model="big", price_id="dear", output_pico=10**9)
+        here.lanes.choice = Choice(ROUTE, Reason.SIMPLE, not_taken=dear)
+        await here.http.post("/v1/chat/completions", json=CHAT)
+        attrs = dict((await here.record()).attrs)
+        assert (attrs["not_taken"], attrs["not_taken_price_id"]) == ("big", "dear")
+        assert attrs["not_taken_charge"] == "0.003001"
+
+    async def test_last_refusal_is_the_answer(self):
+        here = await gateway(balance="0")
+        here.lanes.choice = Choice(SPILL, Reason.TTFT, Choice(ROUTE, Reason.FALLBACK), cap=CAP)
+        answer = await here.http.post("/v1/chat/completions", json=CHAT)
+        assert answer.status_code == 402
 
 
 class TestPatience:

@@ -20,6 +20,7 @@ from market.errors import (
 )
 from market.fakes import FakeEngine
 from market.metering import Ask
+from market.routing import Choice
 from market.types import FinishReason, Lane, Principal, Role, Sampling, UsageQuality, UsageRecord
 from tests.gateways import PROMPT, gateway
 from tests.samples import ACME, CARD, ROUTE
@@ -349,7 +350,7 @@ class TestBlocks:
         here = await market()
         route = await here.routes.route("tiny", ACME)
         ask = Ask((PROMPT,), Sampling(1, seed=7), answers=3)
-        admission = await here.inference.admit(ACME, route, ask)
+        admission = await here.inference.admit(ACME, Choice(route), ask)
         [event async for event in here.inference.stream(admission)]
         assert sorted(r.sampling.seed for r in here.engine.requests) == [7, 8, 9]
 

@@ -14,8 +14,10 @@ from market.errors import (
     InsufficientBalance,
     InvalidKey,
     InvalidRequest,
+    MarketError,
     NoCapacity,
     NotFound,
+    PermissionDenied,
 )
 from market.fairness import PoolReport
 from market.fakes import FakeClock, FakeCluster, MemoryLedger
@@ -28,7 +30,10 @@ from market.types import (
     CloseReason,
     DeploymentState,
     Gpu,
+    Lane,
+    LanePolicy,
     LeaseState,
+    Mode,
     Offer,
     OfferState,
     Order,
@@ -692,3 +697,83 @@ class TestNodes:
             farm.cluster.taken.clear()
             await farm.rounds(scheduler, 5, 1)
             assert (await scheduler.lease(second.lease_id)).state is LeaseState.ACTIVE
+
+
+POLICY = LanePolicy(2.0, spill_pico=10**12)
+DEAL = LanePolicy(2.0, cheap="tiny-qwen", strong="qwen-0.5b")
+
+
+class TestRules:
+    async def test_hybrid_is_a_lease_with_a_rule_while_it_lasts(self, farm):
+        async with farm.opened() as scheduler:
+            await pool(scheduler)
+            placed = await scheduler.order(order(policy=POLICY))
+            await farm.rounds(scheduler, 10)
+            table = await scheduler.routes()
+            (rule,) = table.rules
+            assert (rule.model, rule.tenant_id, rule.lease_id) == (
+                *("tiny-qwen", "acme"),
+                placed.lease_id,
+            )
+            assert {route.lane for route in table.ready} == {Lane.TOKENS, Lane.LEASE}
+            modes = {d.mode for d, _ in await scheduler.deployments()}
+            assert modes == {Mode.TOKENS, Mode.HYBRID}
+            assert await scheduler.order(order(policy=POLICY)) == placed
+            with pytest.raises(Conflict, match="another order"):
+                await scheduler.order(order(policy=replace(POLICY, spill_pico=1)))
+            with pytest.raises(Conflict, match="hybrid"):
+                await scheduler.order(order(2, policy=POLICY))
+            await scheduler.undeploy(placed.lease_id)
+            await farm.rounds(scheduler, 20)
+            assert (await scheduler.routes()).rules == ()
+
+    async def test_hybrid_needs_a_pool(self, farm):
+        async with farm.opened() as scheduler:
+            with pytest.raises(NoCapacity, match="--mode lease"):
+                await scheduler.order(order(policy=POLICY))
+
+    async def test_auto_deals_by_a_name_of_the_tenants_own_and_survives_restarts(self, farm):
+        async with farm.opened() as scheduler:
+            first = await scheduler.open_auto("smart", "acme", DEAL)
+            changed = replace(DEAL, cost_target=0.2)
+            again = await scheduler.open_auto("smart", "acme", changed)
+            assert again == replace(first, policy=changed)
+            await scheduler.open_auto("smart", "other", DEAL)
+        async with farm.opened() as scheduler:
+            await farm.rounds(scheduler, 10)
+            rules = (await scheduler.routes()).rules
+            assert {(rule.tenant_id, rule.policy) for rule in rules} == {
+                ("acme", changed),
+                ("other", DEAL),
+            }
+            with pytest.raises(PermissionDenied):
+                await scheduler.undeploy("smart", "third")
+            await scheduler.undeploy("smart", "acme")
+            assert [rule.tenant_id for rule in (await scheduler.routes()).rules] == ["other"]
+
+    @pytest.mark.parametrize(
+        ("name", "changes", "words"),
+        [
+            ("tiny-qwen", {}, "name of your own"),
+            ("a/b", {}, "name of your own"),
+            ("smart", {"cheap": "", "strong": "qwen-7b"}, "name both"),
+            ("smart", {"cheap": "qwen-7b", "strong": "tiny-qwen"}, "exchange"),
+            ("smart", {"strong": "tiny-qwen"}, "two models"),
+            ("smart", {"strong": "tiny-embed"}, "embeddings"),
+            ("smart", {"strong": "smollm2-360m"}, "no price"),
+            ("smart", {"strong": "nothing"}, "not in the catalog"),
+            ("smart", {"cheap": "", "strong": ""}, "not in the catalog"),
+        ],
+    )
+    async def test_senseless_ones_change_nothing(self, farm, name, changes, words):
+        async with farm.opened() as scheduler:
+            with pytest.raises(MarketError, match=words):
+                await scheduler.open_auto(name, "acme", replace(DEAL, **changes))
+            assert await scheduler.deployments() == []
+
+    async def test_one_model_by_its_own_name(self, farm):
+        async with farm.opened() as scheduler:
+            await scheduler.open_auto("tiny-qwen", "acme", LanePolicy(0.5))
+            await pool(scheduler)
+            with pytest.raises(Conflict, match="auto"):
+                await scheduler.order(order(policy=POLICY))

@@ -1,0 +1,179 @@
+"""Which lane and which model serves a request. Pure: loads in, a choice with its reason out.
+
+A hybrid's requests go to its own lease as long as that is fast enough, the rest spill to the pool.
+An auto deployment takes what costs least of what is fast enough; with two models, easy requests go
+to the cheap one, so that the share of the strong one meets a cost target (the budgeted threshold of
+RouteLLM, Ong et al., 2024).
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from market.types import Budget, Lane, RateCard, Route
+
+# A request with a longer prompt than this part of a model's context is too long for it: the answer
+# needs room, too.
+CONTEXT_USED = 0.75
+# So many requests' difficulties are remembered, and so many make a threshold of one's own.
+REMEMBERED = 1000
+REMEMBERED_LEAST = 50
+
+
+class Reason(StrEnum):
+    """Why a request went where it went."""
+
+    OWN = "own_lease"
+    QUEUE = "queue"
+    TTFT = "ttft"
+    NOT_READY = "not_ready"
+    FALLBACK = "fallback"
+    CHEAPEST = "cheapest"
+    FASTEST = "fastest"
+    SIMPLE = "simple"
+    COMPLEX = "complex"
+    TOOLS = "tools"
+    LONG = "long_context"
+    PINNED = "pinned"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a pool or lease has to do, as this gateway sees it.
+
+    ``ttft_s``: from dispatch to the first token lately, a moving mean; 0 if nobody was served yet.
+    """
+
+    running: int
+    waiting: int
+    places: int
+    finished_per_s: float = 0.0
+    ttft_s: float = 0.0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a request that comes now has to wait."""
+        return self.waiting > 0 or self.running >= self.places
+
+    @property
+    def first_token_s(self) -> float:
+        """When a request that comes now may expect its first token; infinite if nobody knows."""
+        if not self.is_full:
+            return self.ttft_s
+        if self.finished_per_s <= 0:
+            return math.inf
+        return (self.waiting + 1) / self.finished_per_s + self.ttft_s
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Where a request goes, and why.
+
+    ``otherwise`` is tried if it can be served there neither with the money nor by the replicas.
+    ``cap`` bounds what it may cost; ``not_taken`` is the price of what else would have served it.
+    """
+
+    route: Route
+    reason: Reason | None = None
+    otherwise: "Choice | None" = None
+    cap: Budget | None = None
+    not_taken: RateCard | None = None
+    attrs: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What is known of a request before it is tokenized. ``tokens`` is an estimate."""
+
+    text: str
+    tokens: int
+    tools: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A way to serve a request: ``cost_pico`` for what is typical of it; 0 on one's own lease."""
+
+    route: Route
+    card: RateCard
+    load: Load
+
+    @property
+    def cost_pico(self) -> int:
+        """Of a token in and a token out."""
+        if self.route.lane is Lane.LEASE:
+            return 0
+        return self.card.input_pico + self.card.output_pico
+
+
+@dataclass(slots=True)
+class Difficulties:
+    """How hard a tenant's last requests were, each in [0, 1]: what a threshold is made of."""
+
+    scores: list[float] = field(default_factory=list)
+    _next: int = 0
+
+    def add(self, score: float) -> None:
+        """Remember one, instead of the oldest."""
+        if len(self.scores) < REMEMBERED:
+            self.scores.append(score)
+        else:
+            self.scores[self._next] = score
+            self._next = (self._next + 1) % REMEMBERED
+
+    def threshold(self, strong_share: float, usual: Sequence[float]) -> float:
+        """Requests above it are for the strong model, so that it gets ``strong_share`` of them.
+
+        ``usual``: quantiles of the scorer, in order, for as long as there are few requests.
+        """
+        known = sorted(self.scores) if len(self.scores) >= REMEMBERED_LEAST else list(usual)
+        if strong_share >= 1:
+            return -math.inf
+        place = math.ceil((1 - strong_share) * len(known)) - 1
+        return known[max(0, min(place, len(known) - 1))]
+
+
+def spill_reason(lease: Load | None, ttft_s: float) -> Reason | None:
+    """Why a hybrid's request does not go to its lease, if so. ``lease`` None: it is not ready."""
+    if lease is None:
+        return Reason.NOT_READY
+    if lease.waiting > lease.places:
+        return Reason.QUEUE
+    if lease.is_full and lease.first_token_s > ttft_s:
+        return Reason.TTFT
+    return None
+
+
+def strong_share(cheap: RateCard, strong: RateCard, cost_target: float) -> float:
+    """Which part of the requests may go to the strong model, in [0, 1].
+
+    Of ``cost_target`` x what the strong model alone would cost, for requests of the same lengths.
+    """
+    ratio = (cheap.input_pico + cheap.output_pico) / (strong.input_pico + strong.output_pico)
+    if ratio >= 1:
+        return 1.0
+    return min(1.0, max(0.0, (cost_target - ratio) / (1 - ratio)))
+
+
+def needs_strong(query: Query, cheap_context_tokens: int) -> Reason | None:
+    """What makes a request one for the strong model whatever its difficulty; None if nothing."""
+    if query.tools:
+        return Reason.TOOLS
+    if query.tokens > cheap_context_tokens * CONTEXT_USED:
+        return Reason.LONG
+    return None
+
+
+def cheapest(options: Iterable[Option], ttft_s: float) -> tuple[Option, Reason]:
+    """The least dear of those that are fast enough; the fastest if none is.
+
+    Raises ValueError without any.
+    """
+    found = list(options)
+    fast = [option for option in found if option.load.first_token_s <= ttft_s]
+    if fast:
+        best = min(fast, key=lambda o: (o.cost_pico, o.load.first_token_s, o.route.app_name))
+        return best, Reason.OWN if best.route.lane is Lane.LEASE else Reason.CHEAPEST
+    best = min(found, key=lambda o: (o.load.first_token_s, o.cost_pico, o.route.app_name))
+    return best, Reason.FASTEST

@@ -1,0 +1,210 @@
+"""Which lane serves each request: a tenant's rules applied to what this gateway sees of the market.
+
+market/routing.py decides; here its inputs are gathered and a cold pool is woken.
+"""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable
+
+from market import catalog, routing
+from market.errors import InvalidRequest, MarketError
+from market.inference import pool_of
+from market.routing import Choice, Difficulties, Load, Option, Query, Reason
+from market.scorer import Scorer
+from market.types import Budget, Lane, NotReady, Period, Principal, RateCard, Route, Rule
+from serve_apps.auth import may_use
+from serve_apps.live import LiveRoutes
+
+logger = logging.getLogger(__name__)
+
+PINS = ("cheap", "strong")
+# A cold pool that a rule would have used is asked for at most so often.
+WAKES_MAX = 16
+
+
+class Lanes:
+    """Chooses; remembers how hard each tenant's requests were."""
+
+    def __init__(
+        self, routes: LiveRoutes, load: Callable[[str, int], Load], scorer: Scorer
+    ) -> None:
+        self._routes = routes
+        self._load = load
+        self._scorer = scorer
+        self._difficulties: dict[str, Difficulties] = {}
+        self._waiting: Counter[str] = Counter()
+        self._waking: dict[str, asyncio.Task[None]] = {}
+
+    def names(self, principal: Principal) -> list[str]:
+        """Names of the tenant's own that can be asked."""
+        rules = self._routes.rules(principal.subject_id)
+        return sorted(rule.model for rule in rules if rule.policy.cheap)
+
+    def models(self, name: str, principal: Principal) -> tuple[str, ...]:
+        """Whose models may answer what is asked under a name: both of an auto deployment's."""
+        rule = self._routes.rule(name, principal) or self._routes.rule(
+            name.rpartition(":")[0], principal
+        )
+        if rule is None or not rule.policy.cheap:
+            return (name,)
+        return rule.policy.cheap, rule.policy.strong
+
+    def is_starting(self, model: str) -> bool:
+        """Whether somebody waits for what is asked under this name to start."""
+        return model in self._waiting or model in self._routes.cold()
+
+    async def choose(self, model: str, principal: Principal, query: Callable[[], Query]) -> Choice:
+        """Where a request for ``model`` goes: a model, or a tenant's own name with ``:cheap`` or
+        ``:strong`` behind it if it is pinned.
+
+        Raises NotFound, NoCapacity, InvalidRequest for an unknown pin.
+        """
+        rule, pin = self._routes.rule(model, principal), ""
+        if rule is None and ":" in model:
+            name, _, pin = model.rpartition(":")
+            rule = self._routes.rule(name, principal)
+        if rule is None:
+            return Choice(await self._routes.route(model, principal))
+        if pin and (pin not in PINS or not rule.policy.cheap):
+            raise InvalidRequest(
+                f"{rule.model} can be pinned with :cheap or :strong if it has two models, "
+                f"got {model!r}",
+                param="model",
+            )
+        self._waiting[model] += 1
+        try:
+            if rule.lease_id is not None:
+                return await self._hybrid(rule, principal)
+            return await self._auto(rule, principal, query, pin)
+        finally:
+            self._waiting[model] -= 1
+            if not self._waiting[model]:
+                del self._waiting[model]
+
+    # -- hybrid --------------------------------------------------------------------------------
+
+    async def _hybrid(self, rule: Rule, principal: Principal) -> Choice:
+        """The lease, unless it is too slow or not there; then the pool, within the spill budget."""
+        own = self._routes.own(rule.model, principal)
+        load = None if own is None else self._load_of(own)
+        reason = routing.spill_reason(load, rule.policy.ttft_s)
+        pool = self._routes.pool(rule.model, principal, Lane.SPILL)
+        if isinstance(pool, NotReady) and pool.wakes and reason is not None:
+            if own is None:
+                await self._routes.awake(rule.model, principal)
+                pool = self._routes.pool(rule.model, principal, Lane.SPILL)
+            else:  # those that come next can spill
+                self._wake(rule.model, principal)
+        spill = None
+        if isinstance(pool, Route) and may_use(principal, Lane.SPILL):
+            spill = _spill(rule, pool, reason or Reason.FALLBACK)
+        lease = None if own is None else Choice(own, Reason.OWN)
+        first, second = (lease, spill) if reason is None else (spill, lease)
+        if first is None and second is None:
+            return Choice(await self._routes.route(rule.model, principal))
+        if first is None:
+            assert second is not None
+            return second
+        return _with(first, second)
+
+    # -- auto ----------------------------------------------------------------------------------
+
+    async def _auto(
+        self, rule: Rule, principal: Principal, query: Callable[[], Query], pin: str
+    ) -> Choice:
+        """What costs least of what is fast enough, among the models that are good enough."""
+        policy = rule.policy
+        attrs: tuple[tuple[str, str], ...] = (("auto", rule.model),)
+        models: tuple[str, ...] = (rule.model,)
+        why: Reason | None = None
+        if policy.cheap:
+            models, why = await self._models(rule, query(), pin)
+        options = [o for model in models for o in await self._options(model, principal)]
+        if not options:
+            route = await self._routes.route(models[0], principal)
+            return Choice(route, why, attrs=attrs)
+        best, how = routing.cheapest(options, policy.ttft_s)
+        if best.route.model != models[0]:
+            self._wake_if_cold(models[0], principal)
+        others = [option for option in options if option is not best]
+        second = None
+        if policy.cheap and not pin and not others:
+            aside = policy.strong if best.route.model == policy.cheap else policy.cheap
+            others = await self._options(aside, principal)
+        if others:
+            other, _ = routing.cheapest(others, policy.ttft_s)
+            second = Choice(other.route, Reason.FALLBACK, attrs=attrs)
+        not_taken = await self._not_taken(rule, best)
+        return Choice(best.route, why or how, second, not_taken=not_taken, attrs=attrs)
+
+    async def _models(self, rule: Rule, query: Query, pin: str) -> tuple[tuple[str, ...], Reason]:
+        """The models that may answer, the one preferred first."""
+        policy = rule.policy
+        if pin:
+            return (policy.cheap if pin == "cheap" else policy.strong,), Reason.PINNED
+        forced = routing.needs_strong(query, catalog.find(policy.cheap).served_context_tokens)
+        if forced is not None:
+            return (policy.strong,), forced
+        score = self._scorer.score(query.text)
+        known = self._difficulties.setdefault(rule.deployment_id, Difficulties())
+        cards = [await self._routes.rate_card(model) for model in (policy.cheap, policy.strong)]
+        share = routing.strong_share(cards[0], cards[1], policy.cost_target)
+        hard = score > known.threshold(share, self._scorer.usual)
+        known.add(score)
+        if hard:
+            return (policy.strong,), Reason.COMPLEX
+        return (policy.cheap, policy.strong), Reason.SIMPLE
+
+    async def _options(self, model: str, principal: Principal) -> list[Option]:
+        found = [self._routes.own(model, principal)]
+        pool = self._routes.pool(model, principal, Lane.TOKENS)
+        found.append(pool if isinstance(pool, Route) else None)
+        card = await self._routes.rate_card(model)
+        return [Option(route, card, self._load_of(route)) for route in found if route is not None]
+
+    async def _not_taken(self, rule: Rule, best: Option) -> RateCard | None:
+        """The price of the other model, or of the pool where one's own lease serves."""
+        policy = rule.policy
+        if policy.cheap:
+            taken = best.route.model
+            return await self._routes.rate_card(
+                policy.strong if taken == policy.cheap else policy.cheap
+            )
+        return best.card if best.route.lane is Lane.LEASE else None
+
+    # -- what is seen --------------------------------------------------------------------------
+
+    def _load_of(self, route: Route) -> Load:
+        return self._load(pool_of(route), route.places)
+
+    def _wake_if_cold(self, model: str, principal: Principal) -> None:
+        pool = self._routes.pool(model, principal, Lane.TOKENS)
+        if isinstance(pool, NotReady) and pool.wakes:
+            self._wake(model, principal)
+
+    def _wake(self, model: str, principal: Principal) -> None:
+        """Start a cold pool though nobody waits for it."""
+        if model in self._waking or len(self._waking) >= WAKES_MAX:
+            return
+
+        async def wake() -> None:
+            try:
+                await self._routes.awake(model, principal)
+            except MarketError as error:
+                logger.info("%s was not woken: %s", model, error)
+
+        task = asyncio.get_running_loop().create_task(wake())
+        self._waking[model] = task
+        task.add_done_callback(lambda _: self._waking.pop(model, None))
+
+
+def _spill(rule: Rule, route: Route, reason: Reason) -> Choice:
+    limit = rule.policy.spill_pico
+    cap = None if limit is None else Budget(f"spill:{rule.lease_id}", Period.DAY, limit)
+    return Choice(route, reason, cap=cap, attrs=(("spilled_from", str(rule.lease_id)),))
+
+
+def _with(first: Choice, second: Choice | None) -> Choice:
+    return Choice(first.route, first.reason, second, first.cap, first.not_taken, first.attrs)
