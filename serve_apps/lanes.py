@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from market import catalog, routing
-from market.errors import InvalidRequest, MarketError
+from market.errors import InvalidRequest, MarketError, NotFound
 from market.inference import pool_of
 from market.routing import Choice, Difficulties, Load, Option, Query, Reason
 from market.scorer import Scorer
@@ -44,9 +44,7 @@ class Lanes:
 
     def models(self, name: str, principal: Principal) -> tuple[str, ...]:
         """Whose models may answer what is asked under a name: both of an auto deployment's."""
-        rule = self._routes.rule(name, principal) or self._routes.rule(
-            name.rpartition(":")[0], principal
-        )
+        rule, _ = self._rule(name, principal)
         if rule is None or not rule.policy.cheap:
             return (name,)
         return rule.policy.cheap, rule.policy.strong
@@ -61,12 +59,14 @@ class Lanes:
 
         Raises NotFound, NoCapacity, InvalidRequest for an unknown pin.
         """
-        rule, pin = self._routes.rule(model, principal), ""
-        if rule is None and ":" in model:
-            name, _, pin = model.rpartition(":")
-            rule = self._routes.rule(name, principal)
+        rule, pin = self._rule(model, principal)
         if rule is None:
-            return Choice(await self._routes.route(model, principal))
+            try:
+                return Choice(await self._routes.route(model, principal))
+            except NotFound:
+                rule, pin = self._rule(model, principal)  # it was deployed a moment ago
+                if rule is None:
+                    raise
         if pin and (pin not in PINS or not rule.policy.cheap):
             raise InvalidRequest(
                 f"{rule.model} can be pinned with :cheap or :strong if it has two models, "
@@ -83,11 +83,22 @@ class Lanes:
             if not self._waiting[model]:
                 del self._waiting[model]
 
+    def _rule(self, model: str, principal: Principal) -> tuple[Rule | None, str]:
+        """The rule for what is asked, and the pin behind its name."""
+        rule = self._routes.rule(model, principal)
+        if rule is not None:
+            return rule, ""
+        name, _, pin = model.rpartition(":")
+        return self._routes.rule(name, principal), pin
+
     # -- hybrid --------------------------------------------------------------------------------
 
     async def _hybrid(self, rule: Rule, principal: Principal) -> Choice:
         """The lease, unless it is too slow or not there; then the pool, within the spill budget."""
         own = self._routes.own(rule.model, principal)
+        if own is None:  # what is paid for by the hour must not be charged by the token
+            await self._routes.refresh()
+            own = self._routes.own(rule.model, principal)
         load = None if own is None else self._load_of(own)
         reason = routing.spill_reason(load, rule.policy.ttft_s)
         pool = self._routes.pool(rule.model, principal, Lane.SPILL)

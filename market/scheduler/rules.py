@@ -38,7 +38,7 @@ class Rules:
                 return changed
             now = self._core.clock.now()
             deployment = Deployment(
-                deployment_id=f"{name.replace('.', '-')}-{now:%Y%m%d%H%M%S%f}",
+                deployment_id=f"auto-{tenant_id}-{name.replace('.', '-')}-{now:%Y%m%d%H%M%S%f}",
                 model=name,
                 mode=Mode.AUTO,
                 engine="",

@@ -398,8 +398,8 @@ class TestCaps:
             ask = partial(hold_request, epoch=epoch, cap=self.SPILLED, lane=Lane.SPILL)
             hold = ask("a", wanted_pico=2 * CHARGE, minimum_pico=1)
             await ledger.open_hold(hold)
-            rows = [record(slice_id="a", lane=Lane.SPILL), record(slice_id="a", lane=Lane.SPILL)]
-            await ledger.append_usage("gw0", epoch, 0, encode_batch(rows))
+            rows = [record(hold, request_id="r1"), record(hold, request_id="r2")]
+            await ledger.append("gw0", epoch, 0, encode_batch(rows))
             await ledger.end_hold("gw0", epoch, "a")
         async with opened(config, clock) as ledger:
             wanted = ask("b", wanted_pico=9 * CHARGE, minimum_pico=1)

@@ -280,11 +280,15 @@ class TestDeploy:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            (("--gpus", "1"), "--gpus: is for --mode lease only"),
-            (("--tenant", "acme"), "--tenant: is for --mode lease only"),
-            (("--order-id", "o"), "--order-id: is for --mode lease only"),
-            (("--queue",), "--queue: is for --mode lease only"),
+            (("--gpus", "1"), "--gpus: is for --mode lease and hybrid only"),
+            (("--tenant", "acme"), "--tenant: is for --mode lease and hybrid and auto only"),
+            (("--order-id", "o"), "--order-id: is for --mode lease and hybrid only"),
+            (("--queue",), "--queue: is for --mode lease and hybrid only"),
             (("--mode", "lease", "--replicas", "2"), "--replicas: is for --mode tokens only"),
+            (("--cheap", "m"), "--cheap: is for --mode auto only"),
+            (("--mode", "lease", "--spill-budget", "1"), "--spill-budget: is for --mode hybrid"),
+            (("--mode", "auto", "--gpus", "1"), "--gpus: is for --mode lease and hybrid only"),
+            (("--mode", "rent"), "rent: use tokens, lease, hybrid, auto"),
             (("--mode", "lease", "--start", "2h"), "'2h' is no time"),
         ],
     )
@@ -357,10 +361,31 @@ class TestDeploy:
     def test_key_of_a_tenant_needs_no_name(self, market, run):
         done = run("deploy", "tiny-qwen", "--mode", "lease", *JSON, key="acme")
         assert done.json["tenant_id"] == "acme"
-        assert "for whom the lease is (--tenant NAME)" in run(*LEASE[:4], code=1).err
+        assert "for whom it is (--tenant NAME)" in run(*LEASE[:4], code=1).err
 
-    def test_unknown_mode_is_the_markets_to_refuse(self, market, run):
-        assert "not available in this version" in run("deploy", "m", "--mode", "auto", code=1).err
+    def test_hybrid_is_a_lease_that_spills(self, market, run):
+        hybrid = (*LEASE[:2], "--mode", "hybrid", "--tenant", "acme")
+        assert "no pool of tiny-qwen" in run(*hybrid, code=1).err
+        run("deploy", "tiny-qwen")
+        done = run(*hybrid, "--spill-budget", "0.5", "--ttft", "1.5", *JSON)
+        assert (done.json["mode"], done.json["state"]) == ("hybrid", "ready")
+        policy = done.json["policy"]
+        assert (policy["spill_budget"], policy["ttft_s"]) == ("0.5", 1.5)
+        assert "hybrid" in run("deployments").out
+        again = run(*hybrid, "--order-id", "another", code=1)
+        assert "deployed as hybrid" in again.err
+
+    def test_auto_is_a_name_of_ones_own(self, market, run):
+        auto = ("deploy", "smart", "--mode", "auto", "--tenant", "acme")
+        models = ("--cheap", "smollm2-135m", "--strong", "tiny-qwen")
+        done = run(*auto, *models, "--cost-target", "0.3", *JSON)
+        assert (done.json["mode"], done.json["state"]) == ("auto", "ready")
+        assert done.json["policy"]["cost_target"] == 0.3
+        run(*auto, *models)
+        rows = run("deployments", *JSON).json
+        assert [row["policy"]["cost_target"] for row in rows] == [0.5]
+        assert "for whom" in run(*auto[:-2], *models, code=1).err
+        assert run("undeploy", "smart", *JSON).json["state"] == "removed"
 
 
 class TestQueue:

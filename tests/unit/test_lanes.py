@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from market.errors import InvalidRequest, NoCapacity
+from market.errors import InvalidRequest, NoCapacity, NotFound
 from market.pricing import make_rate_card
 from market.routing import Load, Query, Reason
 from market.types import Budget, KeyPolicy, Lane, LanePolicy, NotReady, Period, Rule
@@ -37,7 +37,7 @@ class FakeLive:
         self.known = rules
         self.leases = {route.model: route for route in leases}
         self.pools = {entry.model: entry for entry in pools}
-        self.woken = []
+        self.woken, self.news = [], None
 
     def rules(self, tenant_id):
         return [rule for rule in self.known if rule.tenant_id == tenant_id]
@@ -53,11 +53,17 @@ class FakeLive:
         found = self.pools.get(model)
         return found if isinstance(found, NotReady | None) else replace(found, lane=lane)
 
+    async def refresh(self):
+        self.known, self.leases = self.news if self.news else (self.known, self.leases)
+
     async def awake(self, model, principal):
         self.woken.append(model)
         self.pools[model] = pool(model)
 
     async def route(self, model, principal):
+        if model not in CARDS:
+            await self.refresh()
+            raise NotFound(f"model {model} is not served")
         if self.leases.get(model) is None and self.pools.get(model) is None:
             raise NoCapacity(f"model {model} is not ready")
         return self.leases.get(model) or self.pools[model]
@@ -140,6 +146,11 @@ class TestHybrid:
         with pytest.raises(NoCapacity):
             await World(HYBRID).choose()
 
+    async def test_lease_that_serves_since_a_moment_is_seen(self):
+        world = World(HYBRID, pools=[pool()])
+        world.live.news = (HYBRID,), {SMALL: own()}
+        assert (await world.choose()).route.lane is Lane.LEASE
+
     async def test_others_do_not_know_the_rule(self):
         other = replace(ACME, subject_id="other")
         assert (await self.world(lease_1=FULL).choose(principal=other)).reason is None
@@ -205,6 +216,13 @@ class TestAuto:
         world = self.world()
         assert (await world.choose("smart", text="0.1")).otherwise.route.model == BIG
         assert (await world.choose("smart", text="0.9")).otherwise.route.model == SMALL
+
+    async def test_name_that_is_known_since_a_moment(self):
+        world = World(pools=[pool(SMALL), pool(BIG)])
+        world.live.news = (AUTO,), {}
+        assert (await world.choose("smart", text="0.1")).route.model == SMALL
+        with pytest.raises(NotFound):
+            await world.choose("other")
 
     async def test_names_and_models_behind_them(self):
         lanes = self.world().lanes

@@ -700,7 +700,7 @@ class TestNodes:
 
 
 POLICY = LanePolicy(2.0, spill_pico=10**12)
-DEAL = LanePolicy(2.0, cheap="tiny-qwen", strong="qwen-0.5b")
+DEAL = LanePolicy(2.0, cheap="smollm2-135m", strong="tiny-qwen")
 
 
 class TestRules:
@@ -757,8 +757,8 @@ class TestRules:
             ("tiny-qwen", {}, "name of your own"),
             ("a/b", {}, "name of your own"),
             ("smart", {"cheap": "", "strong": "qwen-7b"}, "name both"),
-            ("smart", {"cheap": "qwen-7b", "strong": "tiny-qwen"}, "exchange"),
-            ("smart", {"strong": "tiny-qwen"}, "two models"),
+            ("smart", {"cheap": "tiny-qwen", "strong": "smollm2-135m"}, "exchange"),
+            ("smart", {"strong": "smollm2-135m"}, "two models"),
             ("smart", {"strong": "tiny-embed"}, "embeddings"),
             ("smart", {"strong": "smollm2-360m"}, "no price"),
             ("smart", {"strong": "nothing"}, "not in the catalog"),
