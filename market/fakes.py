@@ -11,7 +11,7 @@ from market import pricing
 from market.accounts import Account, Books, Hold, HoldResult, HoldState, Transfer, TransferKind
 from market.catalog import Model
 from market.credit import Credit, within
-from market.errors import Conflict, EngineFailed, InvalidRequest, NotFound
+from market.errors import Conflict, EngineFailed, InvalidRequest, NotFound, Overloaded
 from market.ports import Engine
 from market.types import (
     CURRENCY,
@@ -30,6 +30,8 @@ from market.types import (
     Replica,
     Route,
     SliceAsk,
+    StoredModel,
+    StoredState,
     TokenCounts,
     UsageRecord,
 )
@@ -329,6 +331,7 @@ class FakeCluster:
         self.taken: set[tuple[str, int]] = set()
         self.broken: set[str] = set()
         self.started: list[str] = []
+        self.disks: dict[str, dict[str, StoredModel]] = defaultdict(dict)
         self._runs = 0
 
     def check(self, model: Model, engine: str) -> None:
@@ -354,6 +357,25 @@ class FakeCluster:
         self.started.append(replica.replica_id)
         if self.instant:
             self.ready(replica.app_name)
+
+    def models(self, offer: Offer) -> tuple[StoredModel, ...]:
+        """What was pulled."""
+        if offer.node_id not in self.nodes:
+            raise Overloaded(f"node {offer.node_id} does not answer")
+        return tuple(self.disks[offer.node_id].values())
+
+    def pull(self, model: Model, offer: Offer, pin: bool) -> None:
+        """There at once."""
+        size = model.weights_bytes
+        stored = StoredModel(model.name, StoredState.READY, size, size, 0.0, pin)
+        self.disks[offer.node_id][model.name] = stored
+
+    def remove_model(self, name: str, offer: Offer) -> int:
+        """Raises NotFound."""
+        known = self.disks[offer.node_id].pop(name, None)
+        if known is None:
+            raise NotFound(f"{name} is not on this disk")
+        return known.bytes
 
     def ready(self, app_name: str | None = None) -> None:
         """A new process of this application (or of all) serves."""

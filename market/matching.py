@@ -4,7 +4,7 @@ The cheapest offer that fits wins; among equal asks placement decides; ties end 
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
@@ -219,10 +219,12 @@ def place_pool(
     calendar: Calendar,
     cpu_memory_mib: Mapping[str, int],
     now: datetime,
+    on_disk: Mapping[str, Collection[str]],
 ) -> tuple[Place, ...] | Misfit:
     """Places for a pool's replicas without an end: shares of GPUs, cheapest first, else CPUs.
 
-    ``cpu_memory_mib`` is what is taken of the memory of nodes without GPUs, by offer.
+    ``cpu_memory_mib`` is what is taken of the memory of nodes without GPUs, by offer. Among equals
+    a node with the model on its disk (``on_disk``, by node) is preferred.
     """
     usable = [offer for offer in offers if takes_pools(offer, now)]
     rooms = {
@@ -233,7 +235,7 @@ def place_pool(
     taken = dict(cpu_memory_mib)
     places: list[Place] = []
     for _ in range(replicas):
-        place = _gpu_place(model, usable, rooms) or _cpu_place(model, usable, taken)
+        place = _gpu_place(model, usable, rooms, on_disk) or _cpu_place(model, usable, taken)
         if place is None:
             times = f"{replicas} times " if replicas > 1 else ""
             have = _have([*rooms.values()], usable, taken)
@@ -242,7 +244,12 @@ def place_pool(
     return tuple(places)
 
 
-def _gpu_place(model: Model, offers: Sequence[Offer], rooms: dict[str, NodeRoom]) -> Place | None:
+def _gpu_place(
+    model: Model,
+    offers: Sequence[Offer],
+    rooms: dict[str, NodeRoom],
+    on_disk: Mapping[str, Collection[str]],
+) -> Place | None:
     for ask_pico in sorted({offer.ask_pico for offer in offers}):
         options = []
         for offer in (o for o in offers if o.ask_pico == ask_pico and o.offer_id in rooms):
@@ -251,9 +258,10 @@ def _gpu_place(model: Model, offers: Sequence[Offer], rooms: dict[str, NodeRoom]
                 request = ShareRequest(1, share, 0)
                 chosen = placement.choose([rooms[offer.offer_id]], request, ())
                 if chosen is not None:
-                    options.append((share, offer.offer_id, offer, chosen))
+                    away = model.name not in on_disk.get(offer.node_id, ())
+                    options.append((share, away, offer.offer_id, offer, chosen))
         if options:
-            share, _, offer, chosen = min(options, key=lambda option: option[:2])
+            share, _, _, offer, chosen = min(options, key=lambda option: option[:3])
             room = rooms[offer.offer_id]
             gpus = list(room.gpus)
             (position,) = chosen.gpu_indices

@@ -739,6 +739,34 @@ class StartCost:
     measured_at: datetime
 
 
+class StoredState(StrEnum):
+    """What there is of a model on a disk; one put there by hand is never touched."""
+
+    READY = "ready"
+    PULLING = "pulling"
+    PARTIAL = "partial"
+    FAILED = "failed"
+    BY_HAND = "by_hand"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """A model on a node's disk.
+
+    ``total_bytes`` is what it will have; ``used_s`` the time of the last use, in Unix seconds. Who
+    is ``pinned`` or ``in_use`` is not evicted. ``message`` says why a pull failed.
+    """
+
+    model: str
+    state: StoredState
+    bytes: int
+    total_bytes: int
+    used_s: float
+    pinned: bool = False
+    in_use: bool = False
+    message: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class AppStatus:
     """What Serve says of an application.

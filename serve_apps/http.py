@@ -82,7 +82,14 @@ Caller = Annotated[Principal, Depends(principal_of)]
 
 def create_app(services: Services) -> FastAPI:
     """The whole HTTP surface over the given services."""
-    from serve_apps import fleet_api, keys_api, ledger_api, market_api, openai_api
+    from serve_apps import (
+        fleet_api,
+        keys_api,
+        ledger_api,
+        market_api,
+        models_api,
+        openai_api,
+    )
 
     app = FastAPI(
         title="Compute market",
@@ -104,6 +111,7 @@ def create_app(services: Services) -> FastAPI:
     app.include_router(keys_api.router)
     app.include_router(fleet_api.router)
     app.include_router(ledger_api.router)
+    app.include_router(models_api.router)
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:

@@ -1,17 +1,41 @@
-"""``market models``: the catalog."""
+"""``market models``: the catalog, and models on the nodes' disks."""
+
+import time
+from datetime import UTC, datetime
+from typing import Annotated, Any
 
 import typer
 
 from market.cli.output import Output, OutputOption, show
 
-app = typer.Typer(help="The catalog of models.", no_args_is_help=True)
+app = typer.Typer(help="The catalog of models, and their files.", no_args_is_help=True)
+
+STORED = ("node", "model", "state", "gib", "used", "pinned", "in_use", "message")
+POLL_S = 0.3
+ENDED = ("ready", "by_hand", "failed")
+
+Name = Annotated[str, typer.Argument(help="A model of the catalog (market models ls).")]
+Nodes = Annotated[
+    list[str] | None, typer.Option("--node", help="Only this node (again for more); default: all.")
+]
 
 
-@app.command("ls", epilog="Example: market models ls")
-def list_models(output: OutputOption = Output.TABLE) -> None:
+@app.command("ls", epilog="Examples: market models ls; market models ls --stored")
+def list_models(
+    stored: Annotated[
+        bool, typer.Option("--stored", help="What is on the disks of the nodes.")
+    ] = False,
+    output: OutputOption = Output.TABLE,
+) -> None:
     """List models with what they need and what they cost per million tokens."""
     from market.cli.api import request
 
+    if stored:
+        rows = request("GET", "/stored-models")
+        if output is Output.TABLE:
+            rows = [_stored_row(row) for row in rows]
+        show(output, rows, STORED, empty="no models on disk")
+        return
     rows = request("GET", "/models")
     if output is Output.TABLE:
         for row in rows:
@@ -23,6 +47,88 @@ def list_models(output: OutputOption = Output.TABLE) -> None:
         *("context_tokens", "input_price", "cached_input_price", "output_price", "state"),
     )
     show(output, rows, columns)
+
+
+@app.command("pull", epilog="Example: market models pull qwen-7b --node gpu-1 --pin")
+def pull(
+    model: Name,
+    node: Nodes = None,
+    pin: Annotated[bool, typer.Option("--pin", help="Never evict it.")] = False,
+    wait: Annotated[bool, typer.Option(help="Wait until it is there.")] = True,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Have a model's files on nodes before it starts there; again goes on where it broke off."""
+    from market.cli.api import request
+    from market.errors import MarketFault
+
+    begun = request(
+        "POST", "/stored-models", json={"model": model, "nodes": node or [], "pin": pin}
+    )
+    rows = _watch(model, begun["nodes"]) if wait else _rows(model, begun["nodes"])
+    failed = [row for row in rows if row["message"]]
+    if failed:
+        first = failed[0]
+        raise MarketFault(f"{model} was not pulled to {first['node_id']}: {first['message']}")
+    show(output, rows if output is Output.JSON else list(map(_stored_row, rows)), STORED)
+
+
+@app.command("rm", epilog="Example: market models rm qwen-7b --node gpu-1")
+def remove(model: Name, node: Nodes = None, output: OutputOption = Output.TABLE) -> None:
+    """Remove a model's files from nodes; one that is in use stays."""
+    from market.cli.api import request
+
+    answer = request("DELETE", f"/stored-models/{model}", params={"node": node or []})
+    if output is Output.TABLE:
+        freed = sum(answer["freed_bytes"].values())
+        nodes = ", ".join(answer["freed_bytes"])
+        answer = {"model": model, "nodes": nodes, "freed_gib": f"{freed / 2**30:.2f}"}
+    show(output, answer)
+
+
+def _watch(model: str, nodes: list[str]) -> list[dict[str, Any]]:
+    """The rows of all nodes once nothing is pulled any more, with a bar for each meanwhile."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bars = {name: progress.add_task(f"{model} on {name}", total=None) for name in nodes}
+        while True:
+            rows = _rows(model, nodes)
+            for row in rows:
+                progress.update(
+                    bars[row["node_id"]],
+                    completed=row["bytes"],
+                    total=row["total_bytes"] or None,
+                )
+            if len(rows) == len(nodes) and all(row["state"] in ENDED for row in rows):
+                break
+            time.sleep(POLL_S)
+    return rows
+
+
+def _rows(model: str, nodes: list[str]) -> list[dict[str, Any]]:
+    from market.cli.api import request
+
+    rows = request("GET", "/stored-models", params={"model": model})
+    return [row for row in rows if row["node_id"] in nodes]
+
+
+def _stored_row(row: dict[str, Any]) -> dict[str, Any]:
+    used = datetime.fromtimestamp(row["used_s"], UTC)
+    size = f"{row['bytes'] / 2**30:.2f}"
+    if row["bytes"] < row["total_bytes"]:
+        size += f" of {row['total_bytes'] / 2**30:.2f}"
+    return row | {
+        "node": row["node_id"],
+        "gib": size,
+        "used": f"{used:%Y-%m-%d %H:%M}" if row["used_s"] else "",
+    }
 
 
 def _billions(count: int) -> str:

@@ -1,4 +1,4 @@
-"""The node agent: what engines run on a node, ending them for good, and its GPUs' memory.
+"""The node agent: what engines run on a node, ending them for good, its GPUs' memory, its models.
 
 One detached Ray actor per node. Every engine carries its replica's id in its environment, and its
 children inherit it, so that processes are found even after their parents died.
@@ -6,15 +6,20 @@ children inherit it, so that processes are found even after their parents died.
 
 import logging
 import os
+import threading
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
+from market.catalog import Model
 from market.cluster import hardware
 from market.cluster.actors import stop_service
+from market.cluster.models import ModelStore
 from market.cluster.node import (
     NAMESPACE,
     NODE_LABEL,
@@ -24,13 +29,15 @@ from market.cluster.node import (
     environments,
     processes_with,
 )
-from market.errors import MarketError, MarketFault, Overloaded
+from market.errors import Conflict, MarketError, MarketFault, NotFound, Overloaded
+from market.types import StoredModel, StoredState
 
 logger = logging.getLogger(__name__)
 
 REPLICA_VARIABLE = "MARKET_REPLICA"
 ANSWER_TIMEOUT_S = 5.0
 KILL_TIMEOUT_S = 10.0
+REMOVE_TIMEOUT_S = 60.0
 KILL_ROUNDS = 3
 THREADS = 8
 # What drivers and other contexts may take of a card that counts as free.
@@ -78,6 +85,7 @@ class NodeAgent:
 
     def __init__(self, node_id: str) -> None:
         self._marks = marks_of(node_id, os.environ)
+        self._pulls = Pulls()
 
     def residents(self) -> dict[str, list[int]]:
         """Pids of engine processes by replica."""
@@ -101,8 +109,70 @@ class NodeAgent:
         """
         return hardware.gpu_memory()
 
+    def models(self, models_dir: str) -> list[StoredModel]:
+        """What is on the node's disk or on its way there."""
+        return self._pulls.stored(Path(models_dir))
+
+    def pull(self, model: Model, models_dir: str, pin: bool) -> None:
+        """Begin to pull a model; ``models`` tells how far it is."""
+        self._pulls.begin(model, Path(models_dir), pin)
+
+    def remove_model(self, name: str, models_dir: str) -> int:
+        """Remove a model; the bytes that it had. Raises NotFound, Conflict if it is in use."""
+        return self._pulls.remove(name, Path(models_dir))
+
     def _processes(self, replica_id: str) -> list[psutil.Process]:
         return processes_with({**self._marks, REPLICA_VARIABLE: replica_id})
+
+
+class Pulls:
+    """Downloads of a node, each in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._threads: dict[str, threading.Thread] = {}
+        self._failed: dict[str, str] = {}
+
+    def begin(self, model: Model, models_dir: Path, pin: bool) -> None:
+        """Pull beside us; one that runs goes on."""
+        running = self._threads.get(model.name)
+        if running is None or not running.is_alive():
+            self._failed.pop(model.name, None)
+            thread = threading.Thread(
+                target=self._pull, args=(model, models_dir, pin), name=f"pull-{model.name}"
+            )
+            thread.daemon = True
+            self._threads[model.name] = thread
+            thread.start()
+
+    def stored(self, models_dir: Path) -> list[StoredModel]:
+        """The store's models, with what pulls make of them."""
+        found = {model.model: model for model in ModelStore(models_dir).stored()}
+        for name, thread in self._threads.items():
+            known = found.get(name) or StoredModel(name, StoredState.PARTIAL, 0, 0, 0.0)
+            if thread.is_alive() and known.state is StoredState.PARTIAL:
+                found[name] = replace(known, state=StoredState.PULLING)
+            elif name in self._failed:
+                state = known.state
+                if state is StoredState.PARTIAL:
+                    state = StoredState.FAILED
+                found[name] = replace(known, state=state, message=self._failed[name])
+        return [found[name] for name in sorted(found)]
+
+    def remove(self, name: str, models_dir: Path) -> int:
+        """Raises NotFound, Conflict if it is in use or being pulled."""
+        bytes_freed = ModelStore(models_dir).remove(name)
+        self._failed.pop(name, None)
+        return bytes_freed
+
+    def _pull(self, model: Model, models_dir: Path, pin: bool) -> None:
+        try:
+            ModelStore(models_dir).pull(model, pin=pin)
+        except MarketError as error:
+            self._failed[model.name] = error.message
+            logger.warning("%s was not pulled: %s", model.name, error)
+        except Exception as error:
+            self._failed[model.name] = f"{type(error).__name__}: {error}"
+            logger.exception("%s was not pulled", model.name)
 
 
 class AgentClient:
@@ -133,6 +203,20 @@ class AgentClient:
         memory: dict[int, tuple[int, int]] = self._ask(node_id, "gpu_memory", ANSWER_TIMEOUT_S)
         return memory
 
+    def models(self, node_id: str, models_dir: str) -> list[StoredModel]:
+        """What is on a node's disk. Raises Overloaded if the node does not answer."""
+        found: list[StoredModel] = self._ask(node_id, "models", ANSWER_TIMEOUT_S, models_dir)
+        return found
+
+    def pull(self, node_id: str, model: Model, models_dir: str, pin: bool) -> None:
+        """Begin to pull a model to a node. Raises Overloaded if it does not answer."""
+        self._ask(node_id, "pull", ANSWER_TIMEOUT_S, model, models_dir, pin)
+
+    def remove_model(self, node_id: str, name: str, models_dir: str) -> int:
+        """Remove a model from a node. Raises Overloaded, NotFound, Conflict."""
+        removed: int = self._ask(node_id, "remove_model", REMOVE_TIMEOUT_S, name, models_dir)
+        return removed
+
     def dismiss(self, node_id: str) -> None:
         """End the agent of a node that has left; Ray would wait for the node for ever."""
         self._agents.pop(node_id, None)
@@ -147,6 +231,8 @@ class AgentClient:
             return ray.get(call, timeout=timeout_s)
         except RayTaskError as error:
             cause = error.cause
+            if isinstance(cause, Conflict | NotFound):
+                raise type(cause)(cause.message) from None
             logger.error("the agent of node %s failed in %s", node_id, method, exc_info=error)
             reason = str(cause) if isinstance(cause, MarketError) else f"it failed in {method}"
             raise MarketFault(f"the agent of node {node_id}: {reason}") from error

@@ -16,7 +16,7 @@ from market.cluster.engines import require_engine
 from market.cluster.models import model_path
 from market.cluster.node import NODE_LABEL
 from market.config import Config
-from market.types import AppStatus, ClusterView, Deployment, Offer, Replica
+from market.types import AppStatus, ClusterView, Deployment, Offer, Replica, StoredModel
 
 if TYPE_CHECKING:
     from ray import serve
@@ -54,7 +54,7 @@ class ServeCluster:
 
     def start(self, replica: Replica, deployment: Deployment, offer: Offer) -> None:
         """Begin to run a replica's application."""
-        models_dir = Path(offer.models_dir) if offer.models_dir else self._config.models_dir
+        models_dir = Path(self._models_dir(offer))
         app = import_builder(MODEL_APP)(
             replica,
             deployment,
@@ -89,6 +89,21 @@ class ServeCluster:
     def end(self, replica_id: str, node_id: str) -> None:
         """End what a replica left running on a node."""
         self._agents.end(node_id, replica_id, END_PATIENCE_S)
+
+    def models(self, offer: Offer) -> tuple[StoredModel, ...]:
+        """What is on the node's disk."""
+        return tuple(self._agents.models(offer.node_id, self._models_dir(offer)))
+
+    def pull(self, model: Model, offer: Offer, pin: bool) -> None:
+        """Begin to pull a model to a node."""
+        self._agents.pull(offer.node_id, model, self._models_dir(offer), pin)
+
+    def remove_model(self, name: str, offer: Offer) -> int:
+        """Remove a model from a node's disk."""
+        return self._agents.remove_model(offer.node_id, name, self._models_dir(offer))
+
+    def _models_dir(self, offer: Offer) -> str:
+        return offer.models_dir or str(self._config.models_dir)
 
 
 def import_builder(path: str) -> "Callable[..., serve.Application]":

@@ -29,6 +29,7 @@ from market.types import (
     RateCard,
     Replica,
     ReplicaState,
+    StoredModel,
     UsageRecord,
 )
 
@@ -64,6 +65,21 @@ class Cluster(Protocol):
 
     def end(self, replica_id: str, node_id: str) -> None:
         """End what a replica left running on a node."""
+        ...
+
+    def models(self, offer: Offer) -> tuple[StoredModel, ...]:
+        """What is on a node's disk. Raises Overloaded if it does not answer."""
+        ...
+
+    def pull(self, model: Model, offer: Offer, pin: bool) -> None:
+        """Begin to pull a model to a node. Raises Overloaded if it does not answer."""
+        ...
+
+    def remove_model(self, name: str, offer: Offer) -> int:
+        """Remove a model from a node's disk; the bytes that it had.
+
+        Raises Overloaded, NotFound, Conflict if it is in use.
+        """
         ...
 
 
@@ -140,6 +156,8 @@ class Core:
         self.store = store
         self.leasing = Leasing(ledger, Shelf(store))
         self.calendar = Calendar()
+        # Models on nodes' disks as they were seen last.
+        self.on_disk: dict[str, frozenset[str]] = {}
         self.lock = asyncio.Lock()
 
     @property

@@ -63,7 +63,7 @@ class Pools:
     async def add_replica(self, deployment_id: str) -> Misfit | None:
         """One more replica, or why there is no room for it. Under the lock."""
         deployment = self._core.state.deployments[deployment_id]
-        found = self._find_pool_places(catalog.find(deployment.model), 1)
+        found = self.places(catalog.find(deployment.model), 1)
         if isinstance(found, Misfit):
             return found
         await self._add(deployment, found[0])
@@ -75,7 +75,7 @@ class Pools:
         deployment = core.state.deployments.get(replica.deployment_id)
         if deployment is None or deployment.stopping:
             return False
-        found = self._find_pool_places(catalog.find(deployment.model), 1)
+        found = self.places(catalog.find(deployment.model), 1)
         if isinstance(found, Misfit):
             return False
         gone = replace(replica, state=ReplicaState.STOPPING, reason=reason)
@@ -136,19 +136,20 @@ class Pools:
         )
 
     def _pool_places(self, model: Model, replicas: int) -> tuple[Place, ...]:
-        found = self._find_pool_places(model, replicas)
+        found = self.places(model, replicas)
         if isinstance(found, Misfit):
             fits = [
                 other.name
                 for other in catalog.models()
-                if not isinstance(self._find_pool_places(other, 1), Misfit)
+                if not isinstance(self.places(other, 1), Misfit)
             ]
             others = [name for name in fits if name != model.name]
             hint = f"; what would fit: {', '.join(others)}" if others else ""
             raise NoCapacity(found.reason + hint)
         return found
 
-    def _find_pool_places(self, model: Model, replicas: int) -> tuple[Place, ...] | Misfit:
+    def places(self, model: Model, replicas: int) -> tuple[Place, ...] | Misfit:
+        """Where so many replicas would go right now, or why they cannot."""
         core = self._core
         taken: dict[str, int] = defaultdict(int)
         for replica in core.state.replicas.values():
@@ -156,7 +157,9 @@ class Pools:
             if deployment is not None and not replica.place.gpu_indices:
                 taken[replica.place.offer_id] += catalog.find(deployment.model).memory_mib
         now = core.clock.now()
-        return matching.place_pool(model, replicas, core.offers, core.calendar, taken, now)
+        return matching.place_pool(
+            model, replicas, core.offers, core.calendar, taken, now, core.on_disk
+        )
 
     def _is_physical(self, place: Place) -> bool:
         offer = self._core.state.offers[place.offer_id]

@@ -7,7 +7,7 @@ Thin: ``orders`` and ``pools`` grant GPUs, ``rules`` deal requests, ``nodes`` kn
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 from market import catalog, leases
@@ -17,6 +17,7 @@ from market.errors import Conflict, InvalidRequest, NotFound, PermissionDenied
 from market.leases import Event
 from market.ports import Clock
 from market.scheduler.core import Cluster, Core, LedgerPort, SendUsage
+from market.scheduler.disks import Disks
 from market.scheduler.elastic import Elastic
 from market.scheduler.keeper import Keeper
 from market.scheduler.nodes import Nodes, Proof
@@ -44,6 +45,7 @@ from market.types import (
     Route,
     RouteTable,
     SliceAsk,
+    StoredModel,
 )
 
 logger = logging.getLogger(__name__)
@@ -79,28 +81,30 @@ class Scheduler:
         self._orders = Orders(self._core)
         self._pools = Pools(self._core)
         self._rules = Rules(self._core)
+        self._disks = Disks(self._core, self._pools)
         self._shares = Shares(clock, ledger)
         self._elastic = Elastic(self._core, self._pools, self._shares)
         self._keeper = Keeper(
             self._core, self._nodes, self._orders, self._pools, self._elastic, send
         )
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._closed = False
 
     async def open(self) -> None:
         """Lock, connect, load, and start the loop. Raises MarketFault; may be tried again."""
         await self._store.open()
         self._core.rebuild_calendar()
-        self._task = asyncio.create_task(self._keeper.run_forever())
+        loops = self._keeper.run_forever(), self._disks.watch_forever()
+        self._tasks = [asyncio.create_task(loop) for loop in loops]
 
     async def close(self) -> None:
         """Stop the loop, meter and send what there is, let go of the database."""
         if self._closed:
             return
         self._closed = True
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._keeper.stop()
         await self._keeper.flush()
         await self._store.close()
@@ -266,6 +270,22 @@ class Scheduler:
         if found[0].mode is Mode.AUTO:
             return await self._rules.close(found[0])
         return await self._pools.close(found[0])
+
+    # -- models on disks -------------------------------------------------------------------
+
+    async def stored_models(self) -> dict[str, tuple[StoredModel, ...]]:
+        """What is on the disks of all nodes that answer, by node."""
+        return await self._disks.stored()
+
+    async def pull_model(self, name: str, nodes: Sequence[str], pin: bool) -> list[str]:
+        """Begin to pull a model to nodes, or to all that are open. See Disks.pull."""
+        return await self._disks.pull(name, nodes, pin)
+
+    async def remove_model(self, name: str, nodes: Sequence[str]) -> dict[str, int]:
+        """Remove a model from nodes, or from all. See Disks.remove."""
+        return await self._disks.remove(name, nodes)
+
+    # -- gateways --------------------------------------------------------------------------
 
     async def routes(self) -> RouteTable:
         """Where requests may go right now, and why some cannot."""

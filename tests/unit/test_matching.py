@@ -297,9 +297,9 @@ class TestEarliest:
 class TestPool:
     LAPTOP = offer("laptop", "0", (), memory_mib=4_000)
 
-    def places(self, model, replicas, *offers, calendar=None, cpu=None):
+    def places(self, model, replicas, *offers, calendar=None, cpu=None, on_disk=None):
         calendar = calendar or calendar_of(*offers)
-        return place_pool(model, replicas, offers, calendar, cpu or {}, NOON)
+        return place_pool(model, replicas, offers, calendar, cpu or {}, NOON, on_disk or {})
 
     def test_share_follows_from_memory(self):
         assert self.places(QWEN, 1, offer()) == (Place("server", "server", (0,), 706),)
@@ -325,6 +325,12 @@ class TestPool:
         calendar = calendar_of(*offers, a=[(0, 294, 0, None)])
         nodes = [p.node_id for p in self.places(QWEN, 2, *offers, calendar=calendar)]
         assert nodes == ["b", "a"]
+
+    def test_among_equals_one_with_the_model_on_its_disk(self):
+        offers = [offer("a"), offer("b"), offer("c", "9")]
+        on_disk = {"b": {"qwen-7b"}, "c": {"qwen-7b"}}
+        (place,) = self.places(QWEN, 1, *offers, on_disk=on_disk)
+        assert place.node_id == "b"
 
     def test_memory_of_nodes_without_gpus_if_there_are_none(self):
         assert self.places(TINY, 3, self.LAPTOP) == (Place("laptop", "laptop"),) * 3

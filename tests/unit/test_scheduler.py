@@ -777,3 +777,51 @@ class TestRules:
             await pool(scheduler)
             with pytest.raises(Conflict, match="auto"):
                 await scheduler.order(order(policy=POLICY))
+
+
+class TestDisks:
+    async def test_pull_see_and_remove(self, farm):
+        async with farm.opened() as scheduler:
+            assert await scheduler.pull_model("qwen-7b", [], True) == ["farm"]
+            (entry,) = (await scheduler.stored_models())["farm"]
+            assert (entry.model, entry.pinned) == ("qwen-7b", True)
+            assert await scheduler.remove_model("qwen-7b", ["farm"]) == {"farm": entry.bytes}
+            with pytest.raises(NotFound, match="on no disk"):
+                await scheduler.remove_model("qwen-7b", [])
+            with pytest.raises(NotFound, match="no node"):
+                await scheduler.pull_model("qwen-7b", ["nowhere"], False)
+            with pytest.raises(NotFound, match="catalog"):
+                await scheduler.pull_model("nothing", [], False)
+
+    async def test_what_sleeps_or_is_booked_ahead_is_pulled_to_where_it_will_start(self, farm):
+        async with farm.opened() as scheduler:
+            await pool(scheduler, "smollm2-135m", minimum=0, maximum=1)
+            await pool(scheduler, minimum=0, maximum=1)  # made on the machine: nothing to pull
+            start = farm.clock.now() + timedelta(hours=3)
+            await scheduler.order(order(model="qwen-0.5b", start=start))
+            await scheduler._disks.prefetch()
+            assert farm.cluster.disks["farm"] == {}  # the disk was not seen yet
+            await scheduler.stored_models()
+            await scheduler._disks.prefetch()
+            assert set(farm.cluster.disks["farm"]) == {"smollm2-135m", "qwen-0.5b"}
+
+    async def test_failed_pull_is_not_tried_again_at_once(self, farm):
+        async with farm.opened() as scheduler:
+            await pool(scheduler, "smollm2-135m", minimum=0, maximum=1)
+            await scheduler.stored_models()
+            await scheduler._disks.prefetch()
+            farm.cluster.disks["farm"].clear()
+            await scheduler.stored_models()
+            await scheduler._disks.prefetch()
+            assert farm.cluster.disks["farm"] == {}
+            farm.clock.advance(601)
+            await scheduler._disks.prefetch()
+            assert set(farm.cluster.disks["farm"]) == {"smollm2-135m"}
+
+    async def test_node_that_does_not_answer_is_left_out(self, farm):
+        async with farm.opened() as scheduler:
+            await scheduler.pull_model("qwen-7b", [], False)
+            await scheduler.stored_models()
+            farm.cluster.nodes.clear()
+            assert await scheduler.stored_models() == {}
+            assert scheduler._core.on_disk == {"farm": {"qwen-7b"}}

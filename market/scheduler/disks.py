@@ -1,0 +1,123 @@
+"""Models on the nodes' disks: what is where, pulled ahead to where it is likely to start."""
+
+import asyncio
+import logging
+from collections.abc import Iterable
+
+from market import catalog
+from market.errors import MarketError, NotFound
+from market.matching import Misfit
+from market.scheduler.core import Core
+from market.scheduler.pools import Pools
+from market.types import LeaseState, Mode, Offer, OfferState, StoredModel, StoredState
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 10.0
+THERE = (StoredState.READY, StoredState.BY_HAND)
+# A pull that failed is tried again after this.
+RETRY_S = 600.0
+
+
+class Disks:
+    """Looks at the disks now and then; nodes that do not answer keep what was seen last."""
+
+    def __init__(self, core: Core, pools: Pools) -> None:
+        self._core = core
+        self._pools = pools
+        self._tried_s: dict[tuple[str, str], float] = {}
+
+    async def watch_forever(self) -> None:
+        """Look, and pull ahead."""
+        while True:
+            try:
+                await self.stored()
+                await self.prefetch()
+            except Exception:
+                logger.exception("the disks were not seen to")
+            await asyncio.sleep(LOOK_S)
+
+    async def stored(self) -> dict[str, tuple[StoredModel, ...]]:
+        """What is on the disks of all nodes that answer, by node."""
+        found = {}
+        for offer in self._core.offers:
+            if offer.state in (OfferState.OPEN, OfferState.DRAINING):
+                try:
+                    models = await asyncio.to_thread(self._core.cluster.models, offer)
+                except MarketError as error:
+                    logger.info("disk of %s not seen: %s", offer.node_id, error)
+                    continue
+                found[offer.node_id] = models
+                names = frozenset(m.model for m in models if m.state in THERE)
+                self._core.on_disk[offer.node_id] = names
+        return found
+
+    async def pull(self, name: str, nodes: Iterable[str], pin: bool) -> list[str]:
+        """Begin to pull a model to nodes (none named: to all of a fitting kind); their names.
+
+        Raises NotFound, Overloaded.
+        """
+        model, chosen = catalog.find(name), list(nodes)
+        offers = [self._offer(node_id) for node_id in chosen] or [
+            offer for offer in self._core.offers if offer.state is OfferState.OPEN
+        ]
+        for offer in offers:
+            await asyncio.to_thread(self._core.cluster.pull, model, offer, pin)
+        return [offer.node_id for offer in offers]
+
+    async def remove(self, name: str, nodes: Iterable[str]) -> dict[str, int]:
+        """Remove a model from nodes (none named: from all); bytes by node.
+
+        Raises NotFound if it is nowhere, Conflict if it is in use or was put there by hand.
+        """
+        chosen, freed = [self._offer(node_id) for node_id in nodes], {}
+        for offer in chosen or self._core.offers:
+            try:
+                freed[offer.node_id] = await asyncio.to_thread(
+                    self._core.cluster.remove_model, name, offer
+                )
+            except NotFound:
+                if chosen:
+                    raise
+            self._core.on_disk.pop(offer.node_id, None)
+        if not freed:
+            raise NotFound(f"{name} is on no disk (market models ls --stored)")
+        return freed
+
+    async def prefetch(self) -> None:
+        """Pull what is about to start where it will: sleeping pools and leases booked ahead."""
+        now_s = self._core.clock.monotonic()
+        for name, offer in self._expected():
+            model = catalog.find(name)
+            on_disk = self._core.on_disk.get(offer.node_id)
+            if model.source == "local" or on_disk is None or name in on_disk:
+                continue
+            tried_s = self._tried_s.get((name, offer.node_id))
+            if tried_s is None or now_s - tried_s > RETRY_S:
+                self._tried_s[name, offer.node_id] = now_s
+                try:
+                    await asyncio.to_thread(self._core.cluster.pull, model, offer, False)
+                except MarketError as error:
+                    logger.info("%s not pulled to %s: %s", name, offer.node_id, error)
+
+    def _expected(self) -> list[tuple[str, Offer]]:
+        state = self._core.state
+        found = [
+            (lease.model, state.offers[lease.offer_id])
+            for lease in self._core.open_leases()
+            if lease.state is LeaseState.PENDING
+        ]
+        for deployment in state.deployments.values():
+            if deployment.mode is Mode.TOKENS and not deployment.stopping:
+                if self._core.replicas_of(deployment.deployment_id):
+                    continue
+                places = self._pools.places(catalog.find(deployment.model), 1)
+                if not isinstance(places, Misfit):
+                    found.append((deployment.model, state.offers[places[0].offer_id]))
+        return found
+
+    def _offer(self, node_id: str) -> Offer:
+        for offer in self._core.offers:
+            if offer.node_id == node_id and offer.state is not OfferState.LEFT:
+                return offer
+        raise NotFound(f"no node {node_id!r} (market offers)", code="node_not_found")

@@ -1,0 +1,54 @@
+"""``/market/v1/stored-models``: what is on the nodes' disks; pull it ahead, remove it."""
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, ConfigDict
+
+from market import catalog
+from serve_apps.auth import require_operator
+from serve_apps.http import Caller, With
+
+router = APIRouter(prefix="/market/v1/stored-models")
+
+
+class Pull(BaseModel):
+    """Body of ``POST /stored-models``: to these nodes, or to all that are open."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    nodes: list[str] = []
+    pin: bool = False
+
+
+@router.get("")
+async def stored(services: With, caller: Caller, model: str | None = None) -> list[dict[str, Any]]:
+    """What is on each node's disk or on its way there."""
+    require_operator(caller)
+    return [
+        {"node_id": node_id, **asdict(entry)}
+        for node_id, entries in sorted((await services.scheduler.stored_models()).items())
+        for entry in entries
+        if model in (None, entry.model)
+    ]
+
+
+@router.post("")
+async def pull(body: Pull, services: With, caller: Caller) -> dict[str, Any]:
+    """Begin to pull a model; ``GET`` tells how far it is. Again goes on or changes nothing."""
+    require_operator(caller)
+    model = catalog.find(body.model)
+    nodes = await services.scheduler.pull_model(model.name, body.nodes, body.pin)
+    return {"model": model.name, "source": model.source, "nodes": nodes}
+
+
+@router.delete("/{model}")
+async def remove(
+    model: str, services: With, caller: Caller, node: Annotated[list[str] | None, Query()] = None
+) -> dict[str, Any]:
+    """Remove a model from nodes, or from all; one that is in use stays."""
+    require_operator(caller)
+    freed = await services.scheduler.remove_model(model, node or [])
+    return {"model": model, "freed_bytes": freed}
