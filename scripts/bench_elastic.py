@@ -4,12 +4,15 @@
     scripts/bench_elastic.py                       all parts
     scripts/bench_elastic.py --parts cold,burst    on a real market, here
     scripts/bench_elastic.py --parts day --trace FILE.parquet
+    scripts/bench_elastic.py --parts hybrid --tenant-trace FILE.parquet --gpu-prices FILE.csv \
+        --token-prices FILE.csv
 
 cold: a request for a model at zero replicas, split into its parts, beside the engine's own load
 in a process that has its imports behind it. burst: twenty times what one replica is asked at once,
 on a pool at zero. day: a trace (columns arrival_s, session, prompt_tokens, output_tokens; each
 session as a model of its own) through the scheduler's own decisions with virtual replicas; what is
-assumed of them is printed, and swept.
+assumed of them is printed, and swept. hybrid: a tenant's trace on leases of its own that spill to a
+pool, by routing.py's own decisions: cost against lease only and tokens only.
 """
 
 import argparse
@@ -34,6 +37,7 @@ import pandas as pd
 import psutil
 from own_market import MODEL, OwnMarket, tiny_model
 
+from market.simulation.hybrid import HybridOutcome, simulate_hybrid
 from market.simulation.pools import Arrival, Machine, Outcome, simulate
 from market.types import Bounds
 
@@ -52,6 +56,9 @@ HOUR_PICO = 2 * 10**12
 MACHINE = Machine(places=32, prompt_tokens_per_s=8_000, output_tokens_per_s=40, start_s=20)
 # Of a GPU that a model needs where it shares one.
 SHARE = 0.25
+GPU = "H100"
+# Of a tenant's requests so many must have their first token within two seconds.
+GOOD = 0.99
 
 
 @contextmanager
@@ -279,6 +286,58 @@ def day(
     return [simulate(rows, machine, bounds, hour_pico, DAY_S) for rows in pools.values()]
 
 
+def bench_hybrid(
+    trace: Path, gpu_prices: Path, token_prices: Path, model: str, gpus: int, ttft_s: float
+) -> list[dict[str, Any]]:
+    """A tenant's trace by leases that spill, from none to as many as it ever needs."""
+    frame = pd.read_parquet(trace).sort_values("arrival_s")
+    columns = frame[["arrival_s", "prompt_tokens", "output_tokens"]]
+    arrivals = [Arrival(*row) for row in columns.itertuples(index=False)]
+    hours = (arrivals[-1].at_s - arrivals[0].at_s) / 3600
+    offers = pd.read_csv(gpu_prices)
+    offers = offers[(offers["gpu"] == GPU) & (offers["pricing_type"] == "on-demand")]
+    gpu_hour = float(offers["usd_per_gpu_hour"].median())
+    cards = pd.read_csv(token_prices)
+    cards = cards[cards["model_key"].str.fullmatch(model, na=False)]
+    prices = [float(cards[f"{side}_usd_per_1m"].median()) for side in ("input", "output")]
+    print(
+        f"\n{len(arrivals):,} requests in {hours:.2f} h; {model}: median of {len(cards)} sellers "
+        f"{prices[0]:.3g} in, {prices[1]:.3g} out per million tokens; median of {len(offers)} "
+        f"offers {gpu_hour:.3g} per {GPU}-hour, {gpus} a replica; a replica has {MACHINE.places} "
+        f"places, {MACHINE.prompt_tokens_per_s:,.0f} prompt and {MACHINE.output_tokens_per_s:.0f} "
+        f"output tokens/s (per answer); spills from a first token of {ttft_s:g} s on"
+    )
+    head = f"{'replicas':>8} {'mode':<7} {'cost/h':>8} {'of tokens only':>14} {'spilled':>8}"
+    print(f"{head} {'TTFT <= 2 s':>12} {'p99 s':>8}\n{'-' * (len(head) + 22)}")
+    results: list[dict[str, Any]] = []
+
+    def row(replicas: int, mode: str, outcome: HybridOutcome) -> None:
+        spilled = outcome.spilled_prompt_tokens, outcome.spilled_output_tokens
+        tokens = sum(n * price / 1e6 for n, price in zip(spilled, prices, strict=True)) / hours
+        cost = replicas * gpus * gpu_hour + tokens
+        of_tokens = cost / results[0]["cost"] if results else 1.0
+        ttft = sorted(outcome.ttft_s)
+        within = sum(seconds <= 2 for seconds in ttft) / len(ttft)
+        p99 = ttft[int(len(ttft) * 0.99)]
+        print(
+            f"{replicas:>8} {mode:<7} {cost:>8.2f} {of_tokens:>14.2f} "
+            f"{outcome.spilled / len(arrivals):>8.1%} {within:>12.1%} {p99:>8.1f}"
+        )
+        results.append({"replicas": replicas, "mode": mode, "cost": cost, "within_2s": within})
+
+    row(0, "tokens", simulate_hybrid(arrivals, MACHINE, 0, None))
+    replicas, spilled = 1, 1
+    while spilled:
+        row(replicas, "lease", simulate_hybrid(arrivals, MACHINE, replicas, None))
+        outcome = simulate_hybrid(arrivals, MACHINE, replicas, ttft_s)
+        row(replicas, "hybrid", outcome)
+        replicas, spilled = replicas + 1, outcome.spilled
+    good = [result for result in results if result["within_2s"] >= GOOD]
+    best = min(good, key=lambda result: result["cost"])
+    print(f"cheapest with {GOOD:.0%} within 2 s: {best['replicas']} replica(s), {best['mode']}")
+    return results
+
+
 def main() -> None:
     """Run the parts asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -287,11 +346,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--burst", type=int, default=40)
     parser.add_argument("--trace", type=Path)
+    parser.add_argument("--tenant-trace", type=Path, help="hybrid: a trace of one tenant")
+    parser.add_argument("--gpu-prices", type=Path)
+    parser.add_argument("--token-prices", type=Path)
+    parser.add_argument("--model-key", default="llama-3-3-70b-instruct")
+    parser.add_argument("--gpus", type=int, default=2, help="hybrid: GPUs of a replica")
+    parser.add_argument("--ttft", type=float, default=1.0, help="hybrid: spills from then on")
     parser.add_argument("--starts", default="5,20,60", help="day: seconds that a start takes")
     arguments = parser.parse_args()
     parts = arguments.parts.split(",")
     if "day" in parts and arguments.trace is None:
         parser.error("--trace: the day needs a trace")
+    hybrid = (arguments.tenant_trace, arguments.gpu_prices, arguments.token_prices)
+    if "hybrid" in parts and None in hybrid:
+        parser.error("hybrid needs --tenant-trace, --gpu-prices and --token-prices")
     for engine in arguments.engines.split(","):
         if "cold" in parts:
             bench_cold(engine, arguments.rounds)
@@ -299,6 +367,8 @@ def main() -> None:
             bench_burst(engine, arguments.burst)
     if "day" in parts:
         bench_day(arguments.trace, [float(text) for text in arguments.starts.split(",")])
+    if "hybrid" in parts:
+        bench_hybrid(*hybrid, arguments.model_key, arguments.gpus, arguments.ttft)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,12 @@ class TestByHand:
         assert rows["tiny-qwen"]["output_price"] == "0.4"
         assert len(rows) > 12
 
+    def test_models_on_disk_are_seen_by_the_nodes_agent(self, market):
+        (row,) = market.cli("models", "pull", "tiny-qwen")
+        assert (row["node_id"], row["state"]) == ("local", "by_hand")
+        assert row["bytes"] == row["total_bytes"] > 1_000_000
+        assert market.cli("models", "ls", "--stored") == [row]
+
     def test_offer_of_this_machine_is_there(self, market):
         (offer,) = market.cli("offers")
         assert (offer["provider_id"], offer["gpu_type"]) == ("local", "cpu")
@@ -65,7 +71,9 @@ class TestByHand:
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
-            (("deploy", "tiny-qwen", "--mode", "hybrid"), "not available"),
+            (("deploy", "tiny-qwen", "--mode", "hybrid", "--tenant", "nobody"), "no pool of tiny"),
+            (("models", "rm", "tiny-qwen"), "was put there by hand"),
+            (("models", "pull", "tiny-qwen", "--node", "nowhere"), "no node 'nowhere'"),
             (("deploy", "tiny-qwen", "--mode", "lease", "--tenant", "nobody"), "local has no GPU"),
             (("deploy", "tiny-qwen", "--engine", "magic"), "unknown"),
             (("deploy", "tinyqwen"), "did you mean tiny-qwen"),
