@@ -364,7 +364,7 @@ class FakeCluster:
             raise Overloaded(f"node {offer.node_id} does not answer")
         return tuple(self.disks[offer.node_id].values())
 
-    def pull(self, model: Model, offer: Offer, pin: bool) -> None:
+    def pull(self, model: Model, offer: Offer, *, pin: bool, evict: bool) -> None:
         """There at once."""
         size = model.weights_bytes
         stored = StoredModel(model.name, StoredState.READY, size, size, 0.0, pin)

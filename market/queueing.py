@@ -177,10 +177,11 @@ class Queues:
         pool = self._pools.get(pool_name)
         if pool is None:
             return Load(0, 0, places)
-        finished = pool.finished
-        rate = 0.0 if finished is None else finished.get(self._clock.monotonic())
-        queue = pool.queue
-        return Load(queue.running, queue.waiting, queue.places, rate, pool.ttft_s)
+        now_s, finished, queue = self._clock.monotonic(), pool.finished, pool.queue
+        rate = 0.0 if finished is None else finished.get(now_s)
+        # Who is passed over for a slow first token must not be so for ever.
+        ttft_s = pool.ttft_s * math.exp(-(now_s - pool.used_s) / RATE_TAU_S)
+        return Load(queue.running, queue.waiting, queue.places, rate, ttft_s)
 
     def waiting(self) -> dict[str, tuple[int, int]]:
         """(running, waiting) by pool."""

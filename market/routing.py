@@ -13,8 +13,8 @@ from enum import StrEnum
 
 from market.types import Budget, Lane, RateCard, Route
 
-# A request with a longer prompt than this part of a model's context is too long for it: the answer
-# needs room, too.
+# A request that may need more than this part of a model's context is too long for it: what a prompt
+# has is an estimate.
 CONTEXT_USED = 0.75
 # So many requests' difficulties are remembered, and so many make a threshold of one's own.
 REMEMBERED = 1000
@@ -42,7 +42,7 @@ class Reason(StrEnum):
 class Load:
     """What a pool or lease has to do, as this gateway sees it.
 
-    ``ttft_s``: from dispatch to the first token lately, a moving mean; 0 if nobody was served yet.
+    ``ttft_s``: from dispatch to the first token lately, a moving mean that fades while nobody asks.
     """
 
     running: int
@@ -84,7 +84,10 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What is known of a request before it is tokenized. ``tokens`` is an estimate."""
+    """What is known of a request before it is tokenized.
+
+    ``tokens`` is an estimate of the prompt's and the most that the answer may have.
+    """
 
     text: str
     tokens: int
@@ -98,6 +101,8 @@ class Option:
     route: Route
     card: RateCard
     load: Load
+    cap: Budget | None = None
+    attrs: tuple[tuple[str, str], ...] = ()
 
     @property
     def cost_pico(self) -> int:

@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from market.errors import InvalidRequest
 
 BUCKETS = 4096
-TEXT_MAX = 8192
+# Beyond this a text is not read: it is scored while others' streams wait.
+TEXT_MAX = 2000
 # Beside the words: the logarithm of the length, and shares of what tells kinds of questions apart.
 DENSE = 5
 

@@ -246,7 +246,11 @@ class Slices:
                     if part is not None and part.is_short:
                         part.dry_until_s = now_s + DRY_S
                 elif not first.done.done() and is_refused:
-                    elsewhere = result.elsewhere_pico > 0 or await self._give_back_others(key)
+                    # What others give back helps the balance, not a budget that is spent.
+                    spent = result.status is HoldStatus.EXCEEDS_BUDGET
+                    elsewhere = not spent and (
+                        result.elsewhere_pico > 0 or await self._give_back_others(key)
+                    )
                     if not elsewhere or now_s >= first.deadline_s:
                         first.done.set_exception(refusal(result, key, first.need, first.card))
                     else:

@@ -38,6 +38,9 @@ from serve_apps.http import Caller, Services, With, principal_of
 router = APIRouter(prefix="/market/v1")
 
 TERM_UNITS_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 7 * 86_400}
+AUTO_FIELDS = frozenset(
+    ("model", "mode", "tenant_id", "ttft_s", "cheap", "strong", "cost_target", "dry_run")
+)
 # The first token is wanted within this time, unless somebody says otherwise.
 TTFT_S = 2.0
 ENGINE_ON_GPU, ENGINE_ON_CPU = "vllm", "transformers"
@@ -205,7 +208,8 @@ async def deploy(body: NewDeployment, services: With, caller: Caller) -> dict[st
     if body.mode == Mode.AUTO:
         assert policy is not None
         tenant_id = _for_tenant(body, caller)
-        return deployment_row(await services.scheduler.open_auto(body.model, tenant_id, policy), ())
+        made = await services.scheduler.open_auto(body.model, tenant_id, policy, body.dry_run)
+        return deployment_row(made, ())
     require_operator(caller)
     bounds = _bounds(body)
     found = await services.scheduler.open_pool(body.model, body.engine, bounds, body.dry_run)
@@ -328,6 +332,10 @@ def _policy(body: NewDeployment) -> LanePolicy | None:
         "ttft_s": (Mode.HYBRID, Mode.AUTO),
         **dict.fromkeys(("cheap", "strong", "cost_target"), (Mode.AUTO,)),
     }
+    if body.mode == Mode.AUTO:
+        wrong = body.model_fields_set - AUTO_FIELDS
+        if wrong:
+            raise InvalidRequest(f"{min(wrong)} is not for mode auto", param=min(wrong))
     for name, allowed in modes.items():
         if getattr(body, name) is not None and body.mode not in allowed:
             raise InvalidRequest(f"{name} is for mode {' and '.join(allowed)} only", param=name)

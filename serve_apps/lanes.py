@@ -5,7 +5,7 @@ market/routing.py decides; here its inputs are gathered and a cold pool is woken
 
 import asyncio
 import logging
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 
 from market import catalog, routing
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 PINS = ("cheap", "strong")
 # A cold pool that a rule would have used is asked for at most so often.
 WAKES_MAX = 16
+# Deployments whose requests' difficulties are remembered, those asked last.
+REMEMBERED_MAX = 1000
 
 
 class Lanes:
@@ -33,7 +35,7 @@ class Lanes:
         self._routes = routes
         self._load = load
         self._scorer = scorer
-        self._difficulties: dict[str, Difficulties] = {}
+        self._difficulties: OrderedDict[str, Difficulties] = OrderedDict()
         self._waiting: Counter[str] = Counter()
         self._waking: dict[str, asyncio.Task[None]] = {}
 
@@ -102,15 +104,24 @@ class Lanes:
         load = None if own is None else self._load_of(own)
         reason = routing.spill_reason(load, rule.policy.ttft_s)
         pool = self._routes.pool(rule.model, principal, Lane.SPILL)
-        if isinstance(pool, NotReady) and pool.wakes and reason is not None:
+        spills = may_use(principal, Lane.SPILL)
+        if isinstance(pool, NotReady) and pool.wakes and reason is not None and spills:
             if own is None:
-                await self._routes.awake(rule.model, principal)
+                await self._routes.awake(
+                    rule.model,
+                    principal,
+                    Lane.SPILL,
+                    lambda: self._routes.own(rule.model, principal) is not None,
+                )
+                own = self._routes.own(rule.model, principal)
+                reason = reason if own is None else None
                 pool = self._routes.pool(rule.model, principal, Lane.SPILL)
             else:  # those that come next can spill
-                self._wake(rule.model, principal)
+                self._wake(rule.model, principal, Lane.SPILL)
         spill = None
-        if isinstance(pool, Route) and may_use(principal, Lane.SPILL):
-            spill = _spill(rule, pool, reason or Reason.FALLBACK)
+        if isinstance(pool, Route) and spills:
+            attrs = (("spilled_from", str(rule.lease_id)),)
+            spill = Choice(pool, reason or Reason.FALLBACK, cap=_cap(rule), attrs=attrs)
         lease = None if own is None else Choice(own, Reason.OWN)
         first, second = (lease, spill) if reason is None else (spill, lease)
         if first is None and second is None:
@@ -141,14 +152,16 @@ class Lanes:
             self._wake_if_cold(models[0], principal)
         others = [option for option in options if option is not best]
         second = None
-        if policy.cheap and not pin and not others:
-            aside = policy.strong if best.route.model == policy.cheap else policy.cheap
-            others = await self._options(aside, principal)
+        if why is Reason.COMPLEX and not others:
+            others = await self._options(policy.cheap, principal)
         if others:
             other, _ = routing.cheapest(others, policy.ttft_s)
-            second = Choice(other.route, Reason.FALLBACK, attrs=attrs)
+            second = Choice(
+                other.route, Reason.FALLBACK, cap=other.cap, attrs=(*attrs, *other.attrs)
+            )
         not_taken = await self._not_taken(rule, best)
-        return Choice(best.route, why or how, second, not_taken=not_taken, attrs=attrs)
+        attrs = (*attrs, *best.attrs)
+        return Choice(best.route, why or how, second, best.cap, not_taken, attrs)
 
     async def _models(self, rule: Rule, query: Query, pin: str) -> tuple[tuple[str, ...], Reason]:
         """The models that may answer, the one preferred first."""
@@ -160,6 +173,9 @@ class Lanes:
             return (policy.strong,), forced
         score = self._scorer.score(query.text)
         known = self._difficulties.setdefault(rule.deployment_id, Difficulties())
+        self._difficulties.move_to_end(rule.deployment_id)
+        while len(self._difficulties) > REMEMBERED_MAX:
+            self._difficulties.popitem(last=False)
         cards = [await self._routes.rate_card(model) for model in (policy.cheap, policy.strong)]
         share = routing.strong_share(cards[0], cards[1], policy.cost_target)
         hard = score > known.threshold(share, self._scorer.usual)
@@ -169,11 +185,23 @@ class Lanes:
         return (policy.cheap, policy.strong), Reason.SIMPLE
 
     async def _options(self, model: str, principal: Principal) -> list[Option]:
-        found = [self._routes.own(model, principal)]
-        pool = self._routes.pool(model, principal, Lane.TOKENS)
-        found.append(pool if isinstance(pool, Route) else None)
-        card = await self._routes.rate_card(model)
-        return [Option(route, card, self._load_of(route)) for route in found if route is not None]
+        """The tenant's own lease and the pool; beside a hybrid's lease the pool is a spill."""
+        card, found = await self._routes.rate_card(model), []
+        own = self._routes.own(model, principal)
+        if own is not None:
+            found.append(Option(own, card, self._load_of(own)))
+        rule = self._routes.rule(model, principal)
+        hybrid = rule is not None and rule.lease_id is not None
+        lane = Lane.SPILL if hybrid else Lane.TOKENS
+        pool = self._routes.pool(model, principal, lane)
+        if isinstance(pool, Route) and may_use(principal, lane):
+            load = self._load_of(pool)
+            if rule is not None and hybrid:
+                attrs = (("spilled_from", str(rule.lease_id)),)
+                found.append(Option(pool, card, load, _cap(rule), attrs))
+            else:
+                found.append(Option(pool, card, load))
+        return found
 
     async def _not_taken(self, rule: Rule, best: Option) -> RateCard | None:
         """The price of the other model, or of the pool where one's own lease serves."""
@@ -193,16 +221,16 @@ class Lanes:
     def _wake_if_cold(self, model: str, principal: Principal) -> None:
         pool = self._routes.pool(model, principal, Lane.TOKENS)
         if isinstance(pool, NotReady) and pool.wakes:
-            self._wake(model, principal)
+            self._wake(model, principal, Lane.TOKENS)
 
-    def _wake(self, model: str, principal: Principal) -> None:
+    def _wake(self, model: str, principal: Principal, lane: Lane) -> None:
         """Start a cold pool though nobody waits for it."""
         if model in self._waking or len(self._waking) >= WAKES_MAX:
             return
 
         async def wake() -> None:
             try:
-                await self._routes.awake(model, principal)
+                await self._routes.awake(model, principal, lane)
             except MarketError as error:
                 logger.info("%s was not woken: %s", model, error)
 
@@ -211,10 +239,10 @@ class Lanes:
         task.add_done_callback(lambda _: self._waking.pop(model, None))
 
 
-def _spill(rule: Rule, route: Route, reason: Reason) -> Choice:
+def _cap(rule: Rule) -> Budget | None:
+    """What spills of a hybrid may cost a day."""
     limit = rule.policy.spill_pico
-    cap = None if limit is None else Budget(f"spill:{rule.lease_id}", Period.DAY, limit)
-    return Choice(route, reason, cap=cap, attrs=(("spilled_from", str(rule.lease_id)),))
+    return None if limit is None else Budget(f"spill:{rule.lease_id}", Period.DAY, limit)
 
 
 def _with(first: Choice, second: Choice | None) -> Choice:

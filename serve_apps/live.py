@@ -260,13 +260,21 @@ class LiveRoutes:
             param="model",
         )
 
-    async def awake(self, model: str, principal: Principal) -> Route | NotReady | None:
-        """Wait for a model's pool to start; the next report tells the scheduler that somebody does.
+    async def awake(
+        self,
+        model: str,
+        principal: Principal,
+        lane: Lane = Lane.TOKENS,
+        enough: Callable[[], bool] = lambda: False,
+    ) -> Route | NotReady | None:
+        """Wait for a model's pool to start (or for what is ``enough``).
+
+        The next report tells the scheduler that somebody does.
 
         Raises NoCapacity if too many wait already, or for too long; PermissionDenied, NotFound or
         InsufficientBalance for who could not buy its answers.
         """
-        await self._require_means(model, principal)
+        await self._require_means(model, principal, lane)
         who = model, principal.subject_id
         waiting = self.cold().get(model, 0)
         if waiting >= COLD_MAX or self._cold[who] >= COLD_MAX_PER_TENANT:
@@ -282,8 +290,8 @@ class LiveRoutes:
         try:
             async with asyncio.timeout(COLD_WAIT_S):
                 while True:
-                    found = self._at(model, None, principal, Lane.TOKENS)
-                    if not isinstance(found, NotReady) or not found.wakes:
+                    found = self._at(model, None, principal, lane)
+                    if not isinstance(found, NotReady) or not found.wakes or enough():
                         return found
                     await self._refreshed.wait()
         except TimeoutError:
@@ -298,13 +306,13 @@ class LiveRoutes:
                 del self._cold[who]
             self._on_cold(model, time.monotonic() - began_s)
 
-    async def _require_means(self, model: str, principal: Principal) -> None:
+    async def _require_means(self, model: str, principal: Principal, lane: Lane) -> None:
         """Who could not buy an answer must not start a GPU for it.
 
         Raises PermissionDenied, NotFound (no price) or InsufficientBalance.
         """
         tenant = principal.subject_id
-        if principal.role is not Role.TENANT or not may_use(principal, Lane.TOKENS):
+        if principal.role is not Role.TENANT or not may_use(principal, lane):
             raise PermissionDenied(f"{model} is scaled to zero, and this key cannot buy its tokens")
         await self.rate_card(model)
         if (await self._prices.balance(tenant)).balance_pico > 0:

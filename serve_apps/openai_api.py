@@ -6,7 +6,7 @@ import struct
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from fastapi.responses import Response
 from market import catalog, pricing
 from market.accounts import MARKET_PROVIDER
 from market.errors import (
+    ContextTooLong,
     EngineFailed,
     InsufficientBalance,
     InvalidRequest,
@@ -65,7 +66,8 @@ Stream = AsyncGenerator[EngineChunk | UsageRecord, None]
 # A choice that was made before, because another was made in vain.
 Given = Choice | None
 # What makes a request go elsewhere, if its choice names a place.
-ELSEWHERE = (EngineFailed, InsufficientBalance, NoCapacity, Overloaded, SlowDown)
+ELSEWHERE = (ContextTooLong, EngineFailed, InsufficientBalance, NoCapacity, Overloaded, SlowDown)
+REFUSED = (ContextTooLong, InsufficientBalance, RateLimited)
 Writer = Events | ResponsesEvents
 
 
@@ -304,13 +306,8 @@ async def _answer(
         try:
             services.limits.check(caller.api_key_id, caller.policy, now_s)
             call = await read(services, caller, raw, None)
-            try:
-                return await _generate(call, began_s, seen)
-            except ELSEWHERE:
-                if call.choice.otherwise is None:
-                    raise
-                call = await read(services, caller, raw, call.choice.otherwise)
-                return await _generate(call, began_s, seen)
+            with _Turn(call) as turn:
+                return await _tried(call, partial(read, services, caller, raw), began_s, seen, turn)
         except RateLimited:
             seen.rate_limits = services.limits.headers(caller.api_key_id, caller.policy, now_s)
             raise
@@ -333,26 +330,80 @@ def _is_patient(services: Services, raw: bytes) -> bool:
     return bool(asked.stream) and services.lanes.is_starting(asked.model)
 
 
-async def _generate(call: Call, began_s: float, seen: Seen) -> Response:
+class _Turn:
+    """A request's part of its key's limits, from its admission to its record, over all tries."""
+
+    def __init__(self, call: Call) -> None:
+        services, caller, ask = call.services, call.caller, call.ask
+        self._limits, self._clock = services.limits, services.clock
+        limit = ask.sampling.max_tokens or pricing.FIRST_BLOCK_TOKENS
+        expected = ask.input_tokens + limit * ask.count
+        now_s = self._clock.monotonic()
+        self._let = self._limits.enter(caller.api_key_id, caller.policy, expected, now_s)
+        self._admission: Admission | None = None
+        self._is_over = False
+
+    def __enter__(self) -> "_Turn":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None and self._admission is None:
+            self._leave(0)
+
+    def admit(self, admission: Admission) -> None:
+        """This try is the one that counts: its record ends the turn."""
+        self._admission = admission
+
+        def on_record(record: UsageRecord) -> None:
+            if self._admission is admission:
+                self._leave(record.input_tokens + record.output_tokens)
+
+        admission.on_record = on_record
+
+    def again(self) -> None:
+        """The last try was in vain; call it in the very step in which that is known."""
+        self._admission = None
+
+    def _leave(self, tokens: int) -> None:
+        if not self._is_over:
+            self._is_over = True
+            self._limits.leave(self._let, tokens, self._clock.monotonic())
+
+
+async def _tried(
+    call: Call, read: Callable[[Given], Awaitable[Call]], began_s: float, seen: Seen, turn: _Turn
+) -> Response:
+    """An answer from where the choice says, or else from elsewhere.
+
+    If it cannot be had there for want of money or turns, the first place has the last word.
+    """
+    choice = call.choice
+    try:
+        return await _generate(call, began_s, seen, turn)
+    except ELSEWHERE as error:
+        if choice.otherwise is None:
+            raise
+        turn.again()
+        first = error
+    try:
+        return await _generate(await read(choice.otherwise), began_s, seen, turn)
+    except REFUSED:
+        if isinstance(first, InsufficientBalance):
+            raise
+        turn.again()
+        if not isinstance(first, EngineFailed):
+            raise first from None
+    call = await read(replace(choice, otherwise=None))  # its replicas have a second try
+    return await _generate(call, began_s, seen, turn)
+
+
+async def _generate(call: Call, began_s: float, seen: Seen, turn: _Turn) -> Response:
     services, caller = call.services, call.caller
     seen.operation, seen.model, seen.stream = call.operation, call.choice.route.model, call.stream
     seen.sampling, seen.answers = call.ask.sampling, call.ask.answers
     _check_logprobs(call)
-    limit = call.ask.sampling.max_tokens or pricing.FIRST_BLOCK_TOKENS
-    expected = call.ask.input_tokens + limit * call.ask.count
-    now_s = services.clock.monotonic()
-    let = services.limits.enter(caller.api_key_id, caller.policy, expected, now_s)
-    try:
-        admission = await services.inference.admit(caller, call.choice, call.ask)
-    except BaseException:
-        services.limits.leave(let, 0, services.clock.monotonic())
-        raise
-
-    def on_record(record: UsageRecord) -> None:
-        tokens = record.input_tokens + record.output_tokens
-        services.limits.leave(let, tokens, services.clock.monotonic())
-
-    admission.on_record = on_record
+    admission = await services.inference.admit(caller, call.choice, call.ask)
+    turn.admit(admission)
     seen.request_id, seen.admission = admission.request_id, admission
     services.metrics.admitted(time.perf_counter() - began_s)
     stream = services.inference.stream(admission)

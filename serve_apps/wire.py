@@ -251,7 +251,7 @@ class ChatBody(GenerationBody):
         """What tells how hard it is: the last thing that the user says."""
         texts = [str(message.for_template()["content"]) for message in self.messages]
         asked = [t for m, t in zip(self.messages, texts, strict=True) if m.role == "user"]
-        tokens = sum(map(len, texts)) // CHARACTERS_PER_TOKEN
+        tokens = sum(map(len, texts)) // CHARACTERS_PER_TOKEN + (self.limit or 0)
         return Query((asked or texts)[-1], tokens, bool(self.tools_for_template()))
 
     def tools_for_template(self) -> list[dict[str, Any]] | None:
@@ -345,7 +345,7 @@ class CompletionBody(GenerationBody):
 
     def query(self) -> Query:
         """What tells how hard it is. Raises InvalidRequest for token ids: whose tokens are they?"""
-        return _query_of(self.prompt, "prompt")
+        return _query_of(self.prompt, "prompt", self.limit)
 
 
 class EmbeddingBody(BaseModel):
@@ -361,7 +361,7 @@ class EmbeddingBody(BaseModel):
 
     def query(self) -> Query:
         """As of a completion's prompt."""
-        return _query_of(self.input, "input")
+        return _query_of(self.input, "input", 0)
 
     @field_validator("input", mode="plain")
     @classmethod
@@ -431,14 +431,14 @@ def json_object(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def _query_of(given: list[str | list[int]], param: str) -> Query:
+def _query_of(given: list[str | list[int]], param: str, answer_tokens: int) -> Query:
     texts = [text for text in given if isinstance(text, str)]
     if len(texts) < len(given):
         raise InvalidRequest(
             "token ids are those of one model; name the model, or send text", param=param
         )
     longest = max(texts, key=len, default="")
-    return Query(longest, len(longest) // CHARACTERS_PER_TOKEN)
+    return Query(longest, len(longest) // CHARACTERS_PER_TOKEN + answer_tokens)
 
 
 def service_tier(lane: Lane) -> str:

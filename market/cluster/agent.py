@@ -113,9 +113,9 @@ class NodeAgent:
         """What is on the node's disk or on its way there."""
         return self._pulls.stored(Path(models_dir))
 
-    def pull(self, model: Model, models_dir: str, pin: bool) -> None:
+    def pull(self, model: Model, models_dir: str, pin: bool, evict: bool) -> None:
         """Begin to pull a model; ``models`` tells how far it is."""
-        self._pulls.begin(model, Path(models_dir), pin)
+        self._pulls.begin(model, Path(models_dir), pin=pin, evict=evict)
 
     def remove_model(self, name: str, models_dir: str) -> int:
         """Remove a model; the bytes that it had. Raises NotFound, Conflict if it is in use."""
@@ -131,14 +131,17 @@ class Pulls:
     def __init__(self) -> None:
         self._threads: dict[str, threading.Thread] = {}
         self._failed: dict[str, str] = {}
+        self._to_pin: set[str] = set()
 
-    def begin(self, model: Model, models_dir: Path, pin: bool) -> None:
+    def begin(self, model: Model, models_dir: Path, *, pin: bool, evict: bool = True) -> None:
         """Pull beside us; one that runs goes on."""
+        if pin:
+            self._to_pin.add(model.name)
         running = self._threads.get(model.name)
         if running is None or not running.is_alive():
             self._failed.pop(model.name, None)
             thread = threading.Thread(
-                target=self._pull, args=(model, models_dir, pin), name=f"pull-{model.name}"
+                target=self._pull, args=(model, models_dir, evict), name=f"pull-{model.name}"
             )
             thread.daemon = True
             self._threads[model.name] = thread
@@ -164,9 +167,13 @@ class Pulls:
         self._failed.pop(name, None)
         return bytes_freed
 
-    def _pull(self, model: Model, models_dir: Path, pin: bool) -> None:
+    def _pull(self, model: Model, models_dir: Path, evict: bool) -> None:
         try:
-            ModelStore(models_dir).pull(model, pin=pin)
+            store = ModelStore(models_dir)
+            store.pull(model, evict=evict)
+            if model.name in self._to_pin:  # who wants that may have come meanwhile
+                self._to_pin.discard(model.name)
+                store.pull(model, pin=True)
         except MarketError as error:
             self._failed[model.name] = error.message
             logger.warning("%s was not pulled: %s", model.name, error)
@@ -208,9 +215,9 @@ class AgentClient:
         found: list[StoredModel] = self._ask(node_id, "models", ANSWER_TIMEOUT_S, models_dir)
         return found
 
-    def pull(self, node_id: str, model: Model, models_dir: str, pin: bool) -> None:
+    def pull(self, node_id: str, model: Model, models_dir: str, *, pin: bool, evict: bool) -> None:
         """Begin to pull a model to a node. Raises Overloaded if it does not answer."""
-        self._ask(node_id, "pull", ANSWER_TIMEOUT_S, model, models_dir, pin)
+        self._ask(node_id, "pull", ANSWER_TIMEOUT_S, model, models_dir, pin, evict)
 
     def remove_model(self, node_id: str, name: str, models_dir: str) -> int:
         """Remove a model from a node. Raises Overloaded, NotFound, Conflict."""

@@ -105,8 +105,10 @@ class ModelStore:
             found[folder.name] = self._one(folder)
         return [found[name] for name in sorted(found)]
 
-    def pull(self, model: Model, *, pin: bool = False) -> None:
+    def pull(self, model: Model, *, pin: bool = False, evict: bool = True) -> None:
         """Have a model here, complete and right; again goes on or changes nothing.
+
+        Others are evicted for it, or with ``evict`` false it is not pulled if room is short.
 
         Raises NotFound, Overloaded (try again; ``storage_full`` if there is no room), or
         InvalidRequest if it is not what can be served.
@@ -115,7 +117,7 @@ class ModelStore:
         if model.source != "local" and not _has(folder, weights=True):
             with self._locked(model.name, fcntl.LOCK_EX):
                 if not _has(folder, weights=True):  # another process may have pulled it meanwhile
-                    self._pull(model, folder)
+                    self._pull(model, folder, evict)
         if pin:
             self.pin(model.name, True)
 
@@ -139,12 +141,12 @@ class ModelStore:
         """A folder with all but the weights. Raises as ``pull`` does."""
         folder = self._folder / TOKENIZERS / model.name
         with self._locked(f"{model.name}.tokenizer", fcntl.LOCK_EX):
-            if not _has(folder, weights=False):
+            if _manifest(folder) is None:
                 source = open_source(model.source)
                 folder.mkdir(parents=True, exist_ok=True)
                 files = source.files(TOKENIZER)
                 source.download(files, folder)
-                _check(folder, files)
+                _write(folder, {"source": model.source, "files": _facts(files, folder)})
         return folder
 
     def pin(self, name: str, pinned: bool) -> None:
@@ -172,7 +174,7 @@ class ModelStore:
 
     # -- one pull ------------------------------------------------------------------------------
 
-    def _pull(self, model: Model, folder: Path) -> None:
+    def _pull(self, model: Model, folder: Path, evict: bool) -> None:
         source = open_source(model.source)
         files = source.files(WEIGHTS_AND_TOKENIZER)
         if not any(file.path.endswith(".safetensors") for file in files):
@@ -181,19 +183,14 @@ class ModelStore:
         partial.mkdir(parents=True, exist_ok=True)
         total = sum(file.size for file in files)
         (partial / MANIFEST).write_text(json.dumps({"total_bytes": total}))
-        self._make_room(model.name, total - _partial(partial)[0])
+        self._make_room(model.name, total - _partial(partial)[0], evict)
         source.download(files, partial)
-        digests = _check(partial, files)
-        manifest = {
-            "source": model.source,
-            "pinned": False,
-            "files": {file.path: [file.size, digests[file.path]] for file in files},
-        }
+        manifest = {"source": model.source, "pinned": False, "files": _facts(files, partial)}
         shutil.rmtree(partial / ".cache", ignore_errors=True)  # the hub client's own
         _write(partial, manifest)
         partial.rename(folder)
 
-    def _make_room(self, name: str, need_bytes: int) -> None:
+    def _make_room(self, name: str, need_bytes: int, evict: bool) -> None:
         """Evict what is needed least. Raises Overloaded if that is not enough."""
         stored = [model for model in self.stored() if model.model != name]
         short = need_bytes + SPARE_BYTES - shutil.disk_usage(self._folder).free
@@ -202,7 +199,7 @@ class ModelStore:
             short = max(short, had + need_bytes - self._max_bytes)
         if short <= 0:
             return
-        gone = to_evict(stored, short)
+        gone = to_evict(stored, short) if evict else None
         if gone is None:
             kept = ", ".join(m.model for m in stored if m.pinned or m.in_use) or "none"
             raise Overloaded(
@@ -298,15 +295,16 @@ def _write(folder: Path, manifest: Mapping[str, object]) -> None:
     fresh.replace(folder / MANIFEST)
 
 
-def _check(folder: Path, files: Sequence[SourceFile]) -> dict[str, str]:
-    """SHA-256 by path. What is wrong is removed, so that the next pull fetches it again.
+def _facts(files: Sequence[SourceFile], folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 by path. What is wrong is removed, so that the next pull fetches it again.
 
     Raises Overloaded for a wrong checksum, InvalidRequest for what can never be served.
     """
-    digests = {}
+    facts = {}
     for file in files:
         path = folder / file.path
-        digests[file.path] = digest = _sha256(path)
+        digest = _sha256(path)
+        facts[file.path] = file.size, digest
         if path.stat().st_size != file.size or file.sha256 not in (None, digest):
             path.unlink()
             raise Overloaded(
@@ -316,7 +314,7 @@ def _check(folder: Path, files: Sequence[SourceFile]) -> dict[str, str]:
             )
         if path.suffix == ".safetensors":
             _check_safetensors(path)
-    return digests
+    return facts
 
 
 def _check_safetensors(path: Path) -> None:

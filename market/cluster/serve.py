@@ -94,9 +94,10 @@ class ServeCluster:
         """What is on the node's disk."""
         return tuple(self._agents.models(offer.node_id, self._models_dir(offer)))
 
-    def pull(self, model: Model, offer: Offer, pin: bool) -> None:
+    def pull(self, model: Model, offer: Offer, *, pin: bool, evict: bool) -> None:
         """Begin to pull a model to a node."""
-        self._agents.pull(offer.node_id, model, self._models_dir(offer), pin)
+        folder = self._models_dir(offer)
+        self._agents.pull(offer.node_id, model, folder, pin=pin, evict=evict)
 
     def remove_model(self, name: str, offer: Offer) -> int:
         """Remove a model from a node's disk."""

@@ -71,8 +71,11 @@ class Cluster(Protocol):
         """What is on a node's disk. Raises Overloaded if it does not answer."""
         ...
 
-    def pull(self, model: Model, offer: Offer, pin: bool) -> None:
-        """Begin to pull a model to a node. Raises Overloaded if it does not answer."""
+    def pull(self, model: Model, offer: Offer, *, pin: bool, evict: bool) -> None:
+        """Begin to pull a model to a node, in the place of others only with ``evict``.
+
+        Raises Overloaded if it does not answer.
+        """
         ...
 
     def remove_model(self, name: str, offer: Offer) -> int:

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterable
 
 from market import catalog
+from market.catalog import Model
 from market.errors import MarketError, NotFound
 from market.matching import Misfit
 from market.scheduler.core import Core
@@ -14,6 +15,7 @@ from market.types import LeaseState, Mode, Offer, OfferState, StoredModel, Store
 logger = logging.getLogger(__name__)
 
 LOOK_S = 10.0
+SEEN = (OfferState.OPEN, OfferState.DRAINING)
 THERE = (StoredState.READY, StoredState.BY_HAND)
 # A pull that failed is tried again after this.
 RETRY_S = 600.0
@@ -41,7 +43,7 @@ class Disks:
         """What is on the disks of all nodes that answer, by node."""
         found = {}
         for offer in self._core.offers:
-            if offer.state in (OfferState.OPEN, OfferState.DRAINING):
+            if offer.state in SEEN:
                 try:
                     models = await asyncio.to_thread(self._core.cluster.models, offer)
                 except MarketError as error:
@@ -53,35 +55,52 @@ class Disks:
         return found
 
     async def pull(self, name: str, nodes: Iterable[str], pin: bool) -> list[str]:
-        """Begin to pull a model to nodes (none named: to all of a fitting kind); their names.
+        """Begin to pull a model to nodes (none named: to all that can run it); their names.
 
         Raises NotFound, Overloaded.
         """
-        model, chosen = catalog.find(name), list(nodes)
-        offers = [self._offer(node_id) for node_id in chosen] or [
-            offer for offer in self._core.offers if offer.state is OfferState.OPEN
+        model = catalog.find(name)
+        offers = [self._offer(node_id) for node_id in nodes] or [
+            offer
+            for offer in self._core.offers
+            if offer.state is OfferState.OPEN and _can_run(model, offer)
         ]
+        if not offers:
+            raise NotFound(
+                f"no open node can run {name}; name one with --node to pull it all the same"
+            )
         for offer in offers:
-            await asyncio.to_thread(self._core.cluster.pull, model, offer, pin)
+            await asyncio.to_thread(self._core.cluster.pull, model, offer, pin=pin, evict=True)
         return [offer.node_id for offer in offers]
 
     async def remove(self, name: str, nodes: Iterable[str]) -> dict[str, int]:
-        """Remove a model from nodes (none named: from all); bytes by node.
+        """Remove a model from nodes (none named: from all that answer); bytes by node.
 
-        Raises NotFound if it is nowhere, Conflict if it is in use or was put there by hand.
+        Raises NotFound, Overloaded, or Conflict if it is in use or was put there by hand, unless it
+        could be removed from one at least.
         """
-        chosen, freed = [self._offer(node_id) for node_id in nodes], {}
-        for offer in chosen or self._core.offers:
+        freed: dict[str, int] = {}
+        errors: list[MarketError] = []
+        offers = [self._offer(node_id) for node_id in nodes] or [
+            offer for offer in self._core.offers if offer.state in SEEN
+        ]
+        for offer in offers:
+            # Else it would be pulled ahead again at once.
+            self._tried_s[name, offer.node_id] = self._core.clock.monotonic()
             try:
                 freed[offer.node_id] = await asyncio.to_thread(
                     self._core.cluster.remove_model, name, offer
                 )
-            except NotFound:
-                if chosen:
-                    raise
+            except MarketError as error:
+                errors.append(error)
             self._core.on_disk.pop(offer.node_id, None)
         if not freed:
-            raise NotFound(f"{name} is on no disk (market models ls --stored)")
+            others = [error for error in errors if not isinstance(error, NotFound)]
+            raise (
+                others[0]
+                if others
+                else NotFound(f"{name} is on no disk (market models ls --stored)")
+            )
         return freed
 
     async def prefetch(self) -> None:
@@ -96,7 +115,9 @@ class Disks:
             if tried_s is None or now_s - tried_s > RETRY_S:
                 self._tried_s[name, offer.node_id] = now_s
                 try:
-                    await asyncio.to_thread(self._core.cluster.pull, model, offer, False)
+                    await asyncio.to_thread(
+                        self._core.cluster.pull, model, offer, pin=False, evict=False
+                    )
                 except MarketError as error:
                     logger.info("%s not pulled to %s: %s", name, offer.node_id, error)
 
@@ -121,3 +142,9 @@ class Disks:
             if offer.node_id == node_id and offer.state is not OfferState.LEFT:
                 return offer
         raise NotFound(f"no node {node_id!r} (market offers)", code="node_not_found")
+
+
+def _can_run(model: Model, offer: Offer) -> bool:
+    """Whether a node's GPUs together, or its CPUs, can hold a model."""
+    memory_mib = sum(gpu.memory_mib for gpu in offer.gpus)
+    return model.runs_on_cpu or (not offer.logical and memory_mib >= model.memory_mib)

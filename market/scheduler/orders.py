@@ -263,6 +263,8 @@ class Orders:
     async def _grant(self, order: Order, match: Match) -> Order:
         """Hold the first hour, then store lease, deployment and replica together."""
         core, now = self._core, self._core.clock.now()
+        if order.policy is not None:
+            self._check_hybrid(order)  # it may have waited since it was checked
         lease = core.book_lease(self._make(match, self._fresh_id(now)))
         try:
             lease = await core.leasing.hold_first(lease, now)

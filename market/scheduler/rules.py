@@ -6,8 +6,9 @@ from dataclasses import replace
 from market import catalog
 from market.errors import Conflict, InvalidRequest
 from market.scheduler.core import Core
-from market.types import Bounds, Deployment, LanePolicy, Mode, Rule
+from market.types import Bounds, Deployment, LanePolicy, Mode, OrderState, Rule
 
+RULES_MAX = 32
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -17,7 +18,9 @@ class Rules:
     def __init__(self, core: Core) -> None:
         self._core = core
 
-    async def open(self, name: str, tenant_id: str, policy: LanePolicy) -> Deployment:
+    async def open(
+        self, name: str, tenant_id: str, policy: LanePolicy, dry_run: bool
+    ) -> Deployment:
         """Deal a tenant's requests for ``name``; again only changes the policy.
 
         ``name`` is a model, or with two models a name of the tenant's own. Raises InvalidRequest,
@@ -34,8 +37,10 @@ class Rules:
                         "undeploy that first"
                     )
                 changed = replace(known, policy=policy)
-                await self._core.store.save([changed])
+                if not dry_run:
+                    await self._core.store.save([changed])
                 return changed
+            self._check_others(name, tenant_id)
             now = self._core.clock.now()
             deployment = Deployment(
                 deployment_id=f"auto-{tenant_id}-{name.replace('.', '-')}-{now:%Y%m%d%H%M%S%f}",
@@ -47,7 +52,8 @@ class Rules:
                 tenant_id=tenant_id,
                 policy=policy,
             )
-            await self._core.store.save([deployment])
+            if not dry_run:
+                await self._core.store.save([deployment])
             return deployment
 
     async def close(self, deployment: Deployment) -> Deployment:
@@ -63,6 +69,17 @@ class Rules:
             for d in self._core.state.deployments.values()
             if d.policy is not None and d.tenant_id is not None and not d.stopping
         )
+
+    def _check_others(self, name: str, tenant_id: str) -> None:
+        """Raises Conflict if a hybrid is ordered, or the tenant has too many rules."""
+        for order in self._core.state.orders.values():
+            ordered = order.policy is not None and order.state is OrderState.WAITING
+            if ordered and (order.model, order.tenant_id) == (name, tenant_id):
+                raise Conflict(
+                    f"order {order.order_id} for a hybrid of {name} waits; cancel it first"
+                )
+        if sum(rule.tenant_id == tenant_id for rule in self.all()) >= RULES_MAX:
+            raise Conflict(f"{tenant_id} has {RULES_MAX} hybrid and auto deployments already")
 
     async def _check(self, name: str, policy: LanePolicy) -> None:
         if bool(policy.cheap) != bool(policy.strong):

@@ -219,12 +219,14 @@ class Scheduler:
         """Sell a model's tokens to everybody. See Pools.open."""
         return await self._pools.open(model, engine, bounds, dry_run)
 
-    async def open_auto(self, name: str, tenant_id: str, policy: LanePolicy) -> Deployment:
+    async def open_auto(
+        self, name: str, tenant_id: str, policy: LanePolicy, dry_run: bool = False
+    ) -> Deployment:
         """Deal a tenant's requests for ``name`` by a policy; asked again, the policy is this one.
 
         See Rules.open.
         """
-        return await self._rules.open(name, tenant_id, policy)
+        return await self._rules.open(name, tenant_id, policy, dry_run)
 
     async def deployments(self) -> list[tuple[Deployment, tuple[Replica, ...]]]:
         """What should run with its replicas, oldest first."""

@@ -681,27 +681,28 @@ def test_replicas_are_found_by_their_environment(tmp_path):
 class TestStoredModels:
     def test_pulled_listed_and_removed(self, market, run):
         assert "no models on disk" in run("models", "ls", "--stored").out
-        done = run("models", "pull", "qwen-7b", "--pin", *JSON)
+        done = run("models", "pull", "qwen-0.5b", "--pin", *JSON)
         assert [(row["node_id"], row["state"]) for row in done.json] == [("farm", "ready")]
         assert done.json[0]["pinned"] is True
         shown = run("models", "ls", "--stored").out
-        assert "qwen-7b" in shown
+        assert "qwen-0.5b" in shown
         assert "ready" in shown
-        assert run("models", "rm", "qwen-7b", *JSON).json["freed_bytes"]["farm"] > 0
-        assert "on no disk" in run("models", "rm", "qwen-7b", code=1).err
+        assert run("models", "rm", "qwen-0.5b", *JSON).json["freed_bytes"]["farm"] > 0
+        assert "on no disk" in run("models", "rm", "qwen-0.5b", code=1).err
 
     def test_failed_pull_says_why(self, market, run):
-        failed = StoredModel("qwen-7b", StoredState.FAILED, 0, 9, 0.0, message="no route to host")
-        market.cluster.disks["farm"]["qwen-7b"] = failed
-        market.cluster.pull = lambda model, offer, pin: None
-        refused = run("models", "pull", "qwen-7b", code=1).err
-        assert "qwen-7b was not pulled to farm: no route to host" in refused
+        failed = StoredModel("qwen-0.5b", StoredState.FAILED, 0, 9, 0.0, message="no route to host")
+        market.cluster.disks["farm"]["qwen-0.5b"] = failed
+        market.cluster.pull = lambda model, offer, pin, evict: None
+        refused = run("models", "pull", "qwen-0.5b", code=1).err
+        assert "qwen-0.5b was not pulled to farm: no route to host" in refused
 
     def test_only_the_operator(self, market, run):
-        assert "operator" in run("models", "pull", "qwen-7b", code=1, key="acme").err
+        assert "operator" in run("models", "pull", "qwen-0.5b", code=1, key="acme").err
 
     def test_wrong_names(self, market, run):
         assert (
-            "no node 'nowhere'" in run("models", "pull", "qwen-7b", "--node", "nowhere", code=1).err
+            "no node 'nowhere'"
+            in run("models", "pull", "qwen-0.5b", "--node", "nowhere", code=1).err
         )
         assert "not in the catalog" in run("models", "pull", "nothing", code=1).err

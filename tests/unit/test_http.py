@@ -10,7 +10,7 @@ import pytest
 
 from market.answers import DifferentBody
 from market.config import Config
-from market.errors import Conflict
+from market.errors import Conflict, SlowDown
 from market.fakes import FakeClock, FakeEngine, FakeRoutes
 from market.keys import hash_key, key_id, new_key
 from market.limits import Limits
@@ -294,6 +294,36 @@ class TestLanes:
         attrs = dict((await here.record()).attrs)
         assert (attrs["not_taken"], attrs["not_taken_price_id"]) == ("big", "dear")
         assert attrs["not_taken_charge"] == "0.003001"
+
+    async def test_replica_has_its_second_try_if_elsewhere_costs_too_much(self):
+        here = await gateway(balance="0", fail_at=0, failures=1)
+        here.lanes.choice = Choice(LEASED, Reason.OWN, Choice(SPILL, Reason.FALLBACK, cap=CAP))
+        answer = await here.http.post("/v1/chat/completions", json=CHAT)
+        assert (answer.status_code, answer.headers["x-market-lane"]) == (200, "lease")
+
+    async def test_full_lease_has_the_last_word_before_a_balance_that_is_out(self):
+        here = await gateway(balance="0")
+        here.lanes.choice = Choice(LEASED, Reason.OWN, Choice(SPILL, Reason.FALLBACK, cap=CAP))
+
+        def full(pool, tenant):
+            if pool == "lease-1":
+                raise SlowDown("wait", retry_after_s=3)
+
+        here.queues.check = full
+        answer = await here.http.post("/v1/chat/completions", json=CHAT)
+        assert answer.json()["error"]["code"] == "slow_down"
+
+    async def test_second_try_counts_once_against_the_keys_limits(self):
+        here = await gateway(fail_at=0, failures=1)
+        limited = KeyPolicy(concurrent=1, requests_per_min=2)
+        KEYS["sk-limited"] = dataclasses.replace(ACME, api_key_id="key-limited", policy=limited)
+        here.lanes.choice = Choice(ROUTE, Reason.SIMPLE, Choice(SPILL, Reason.FALLBACK))
+        headers = {"authorization": "Bearer sk-limited"}
+        for _ in range(2):
+            answer = await here.http.post("/v1/chat/completions", json=CHAT, headers=headers)
+            assert answer.status_code == 200, answer.text
+        answer = await here.http.post("/v1/chat/completions", json=CHAT, headers=headers)
+        assert answer.status_code == 429
 
     async def test_last_refusal_is_the_answer(self):
         here = await gateway(balance="0")

@@ -37,7 +37,7 @@ class FakeLive:
         self.known = rules
         self.leases = {route.model: route for route in leases}
         self.pools = {entry.model: entry for entry in pools}
-        self.woken, self.news = [], None
+        self.woken, self.news, self.lease_first = [], None, False
 
     def rules(self, tenant_id):
         return [rule for rule in self.known if rule.tenant_id == tenant_id]
@@ -56,8 +56,12 @@ class FakeLive:
     async def refresh(self):
         self.known, self.leases = self.news if self.news else (self.known, self.leases)
 
-    async def awake(self, model, principal):
+    async def awake(self, model, principal, lane=Lane.TOKENS, enough=lambda: False):
         self.woken.append(model)
+        if self.lease_first:
+            self.leases[model] = own(model)
+            assert enough()
+            return
         self.pools[model] = pool(model)
 
     async def route(self, model, principal):
@@ -142,6 +146,17 @@ class TestHybrid:
         assert (choice.route.lane, choice.reason) == (Lane.SPILL, Reason.NOT_READY)
         assert world.live.woken == [SMALL]
 
+    async def test_lease_that_is_there_before_the_pool_serves(self):
+        world = World(HYBRID, pools=[COLD])
+        world.live.lease_first = True
+        choice = await world.choose()
+        assert (choice.route.lane, choice.reason) == (Lane.LEASE, Reason.OWN)
+
+    async def test_key_that_may_not_spill_wakes_nothing(self):
+        world = World(HYBRID, pools=[COLD])
+        await world.choose(principal=replace(ACME, policy=KeyPolicy(lanes=(Lane.LEASE,))))
+        assert world.live.woken == []
+
     async def test_says_so_if_nothing_serves(self):
         with pytest.raises(NoCapacity):
             await World(HYBRID).choose()
@@ -177,8 +192,16 @@ class TestAuto:
 
     async def test_tools_and_long_prompts_need_the_strong_one(self):
         world = self.world()
-        assert (await world.choose("smart", tools=True)).reason is Reason.TOOLS
+        tools = await world.choose("smart", tools=True)
+        assert (tools.reason, tools.route.model, tools.otherwise) == (Reason.TOOLS, BIG, None)
         assert (await world.choose("smart", tokens=10**6)).reason is Reason.LONG
+
+    async def test_hybrids_budget_holds_for_what_is_dealt_to_its_model(self):
+        world = World(AUTO, HYBRID, leases=[own()], pools=[pool(SMALL), pool(BIG)])
+        world.loads["lease_1"] = FULL
+        choice = await world.choose("smart", text="0.1")
+        assert (choice.route.lane, choice.cap.limit_pico) == (Lane.SPILL, 5)
+        assert choice.attrs == (("auto", "smart"), ("spilled_from", "lease-1"))
 
     @pytest.mark.parametrize(("pin", "model"), [("cheap", SMALL), ("strong", BIG)])
     async def test_pinned(self, pin, model):

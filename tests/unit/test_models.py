@@ -190,6 +190,13 @@ class TestRoom:
         store.remove(third)
         assert third not in named(store)
 
+    def test_what_is_pulled_ahead_puts_nobody_out(self, tmp_path, store, origin):
+        names = self.fill(store, tmp_path)
+        limited = ModelStore(store._folder, max_bytes=4 * WEIGHTS - 1)
+        with pytest.raises(Overloaded):
+            limited.pull(model(origin), evict=False)
+        assert set(named(store)) >= set(names)
+
     def test_room_is_made_for_what_is_missing_only(self):
         ready = StoredState.READY
         stored = [
@@ -231,8 +238,19 @@ class TestByHand:
 class TestFetch:
     def test_tokenizer_comes_without_weights(self, store, origin):
         folder = fetch(model(origin), store._folder, weights=False)
-        assert {path.name for path in folder.iterdir()} == {"config.json", "tokenizer_config.json"}
+        names = {path.name for path in folder.iterdir()} - {models.MANIFEST}
+        assert names == {"config.json", "tokenizer_config.json"}
         assert store.stored() == []
+
+    def test_half_a_tokenizer_is_none(self, store, origin):
+        (origin / "tokenizer.json").write_text("{}")
+        checksums(origin)
+        (origin / "tokenizer.json").write_text("{ }")
+        for _ in range(2):
+            with pytest.raises(EngineFailed, match="promised"):
+                fetch(model(origin), store._folder, weights=False)
+        (origin / "tokenizer.json").write_text("{}")
+        assert (fetch(model(origin), store._folder, weights=False) / "tokenizer.json").exists()
 
     def test_tokenizer_of_a_model_that_is_here(self, store, origin):
         store.pull(model(origin))

@@ -771,6 +771,19 @@ class TestRules:
                 await scheduler.open_auto(name, "acme", replace(DEAL, **changes))
             assert await scheduler.deployments() == []
 
+    async def test_dry_run_changes_nothing(self, farm):
+        async with farm.opened() as scheduler:
+            await scheduler.open_auto("smart", "acme", DEAL, dry_run=True)
+            assert await scheduler.deployments() == []
+
+    async def test_hybrid_that_waits_keeps_its_name(self, farm):
+        async with farm.opened() as scheduler:
+            await pool(scheduler)
+            asked = order(policy=POLICY, gpu_count=2, max_price_pico=1)
+            assert (await scheduler.order(asked, queue=True)).lease_id is None
+            with pytest.raises(Conflict, match="waits"):
+                await scheduler.open_auto("tiny-qwen", "acme", LanePolicy(0.5))
+
     async def test_one_model_by_its_own_name(self, farm):
         async with farm.opened() as scheduler:
             await scheduler.open_auto("tiny-qwen", "acme", LanePolicy(0.5))
@@ -782,7 +795,9 @@ class TestRules:
 class TestDisks:
     async def test_pull_see_and_remove(self, farm):
         async with farm.opened() as scheduler:
-            assert await scheduler.pull_model("qwen-7b", [], True) == ["farm"]
+            with pytest.raises(NotFound, match="no open node can run"):
+                await scheduler.pull_model("qwen-7b", [], True)  # its GPUs are only logical
+            assert await scheduler.pull_model("qwen-7b", ["farm"], True) == ["farm"]
             (entry,) = (await scheduler.stored_models())["farm"]
             assert (entry.model, entry.pinned) == ("qwen-7b", True)
             assert await scheduler.remove_model("qwen-7b", ["farm"]) == {"farm": entry.bytes}
@@ -805,6 +820,15 @@ class TestDisks:
             await scheduler._disks.prefetch()
             assert set(farm.cluster.disks["farm"]) == {"smollm2-135m", "qwen-0.5b"}
 
+    async def test_what_was_removed_is_not_pulled_ahead_again_at_once(self, farm):
+        async with farm.opened() as scheduler:
+            await pool(scheduler, "smollm2-135m", minimum=0, maximum=1)
+            await scheduler.pull_model("smollm2-135m", [], False)
+            await scheduler.remove_model("smollm2-135m", [])
+            await scheduler.stored_models()
+            await scheduler._disks.prefetch()
+            assert farm.cluster.disks["farm"] == {}
+
     async def test_failed_pull_is_not_tried_again_at_once(self, farm):
         async with farm.opened() as scheduler:
             await pool(scheduler, "smollm2-135m", minimum=0, maximum=1)
@@ -820,7 +844,7 @@ class TestDisks:
 
     async def test_node_that_does_not_answer_is_left_out(self, farm):
         async with farm.opened() as scheduler:
-            await scheduler.pull_model("qwen-7b", [], False)
+            await scheduler.pull_model("qwen-7b", ["farm"], False)
             await scheduler.stored_models()
             farm.cluster.nodes.clear()
             assert await scheduler.stored_models() == {}
