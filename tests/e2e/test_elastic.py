@@ -1,6 +1,7 @@
-"""A model that costs nothing while nobody asks: it sleeps, is woken by requests, billed exactly."""
+"""Models that sleep, wake, share GPUs and spill: all are answered, and billed right."""
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 
 import httpx
@@ -116,6 +117,8 @@ def operator_key(market):
 
 
 FOUR = ("tiny-qwen", "smollm2-135m", "smollm2-360m", "qwen-0.5b")
+CHEAP = FOUR[1]
+BUDGET = Decimal("0.0002")
 
 
 @pytest.fixture(scope="module")
@@ -123,27 +126,29 @@ def shared(tmp_path_factory, tiny_model):
     """Three nodes: the operator's takes no models, two have one logical GPU of 3 GiB each.
 
     Four models of the catalog, all with the tiny one's files, of which two GPUs hold not all; and a
-    lease.
+    hybrid's lease. A replica serves two requests at once.
     """
     home = tmp_path_factory.mktemp("shared-market") / "operator"
     gpu = ("--gpus", "1", "--gpu-memory-gib", "3", "--ask", "2")
-    with running_market(home, tiny_model) as market:
+    with running_market(home, tiny_model, MARKET_SEQUENCES="2") as market:
         nodes = [market.join(name, f"provider-{name}", *gpu) for name in ("one", "two")]
         for folder in (home, *(node.home for node in nodes)):
             for model in FOUR[1:]:
                 (folder / "models" / model).symlink_to(tiny_model)
         market.cli("drain", "local")
-        market.acme = market.tenant()
-        lease = ("--mode", "lease", "--gpus", "0.36", "--term", "1h", "--tenant", market.acme.name)
-        market.lease_id = market.cli("deploy", MODEL, *lease)["lease"]["lease_id"]
         for model in FOUR:
             options = ("--engine", "transformers", "--replicas", "0:1", "--keep-alive", "1h")
             market.cli("deploy", model, *options)
+        market.acme = market.tenant()
+        lease = ("--mode", "hybrid", "--gpus", "0.36", "--term", "1h", "--tenant", market.acme.name)
+        limits = ("--spill-budget", f"{BUDGET}", "--ttft", "0.2")
+        market.hybrid = market.cli("deploy", MODEL, *lease, *limits)
+        market.lease_id = market.hybrid["lease"]["lease_id"]
         try:
             yield market
         finally:
-            for node in nodes:
-                node.run("leave", "--force")
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(lambda node: node.run("leave", "--force"), nodes))
 
 
 def test_four_models_share_two_gpus_and_leave_the_lease_alone(shared):
@@ -192,3 +197,98 @@ def shares(market):
         for offer in market.get("/offers")
         for gpu in offer["gpus"]
     }
+
+
+async def ask(client, model=MODEL, text="What is a list?", **more):
+    """(headers, body) of an answer."""
+    messages = [{"role": "user", "content": text}]
+    answer = await client.chat.completions.with_raw_response.create(
+        model=model,
+        messages=messages,
+        **({"max_tokens": 50, "extra_body": {"ignore_eos": True}} | more),
+    )
+    return answer.headers, answer.parse()
+
+
+def asked(tenant, count, **more):
+    async def all_of_them():
+        async with tenant.async_client() as client:
+            return await asyncio.gather(*(ask(client, **more) for _ in range(count)))
+
+    return asyncio.run(all_of_them())
+
+
+def test_hybrid_spills_while_its_lease_is_full_within_the_days_budget(shared):
+    acme = shared.acme
+    asked(shared.tenant(), 1)  # the pool is awake
+    assert shared.hybrid["policy"]["spill_budget"] == "0.0002"
+    alone = asked(acme, 1)
+    burst = asked(acme, 20)
+    again = asked(acme, 1)
+    lanes = [headers["x-market-lane"] for headers, _ in burst]
+    assert {headers["x-market-lane"] for headers, _ in alone + again} == {"lease"}
+    assert set(lanes) == {"lease", "spill"}
+    spilled = [headers for headers, _ in burst if headers["x-market-lane"] == "spill"]
+    assert {headers["x-market-lane-reason"] for headers in spilled} <= {"ttft", "queue"}
+    assert all("x-market-lease-id" not in headers for headers in spilled)
+    assert {body.usage.completion_tokens for _, body in burst} == {50}
+    rows = acme.rows(22, kind="tokens")
+    by_lane = rows.groupby("lane")["charge"].sum()
+    assert by_lane["lease"] == 0
+    # One answer costs a tenth of the budget: it was used up, and not overdrawn.
+    assert BUDGET * Decimal("0.8") < by_lane["spill"] <= BUDGET
+    spills = rows[rows["lane"] == "spill"]
+    lease_id = shared.hybrid["lease"]["lease_id"]
+    assert {dict(attrs)["spilled_from"] for attrs in spills["attrs"]} == {lease_id}
+    assert len(spills) == len(spilled)
+
+
+def test_auto_deals_easy_and_hard_requests_and_says_what_it_saved(shared):
+    tenant = shared.tenant()
+    auto = ("--mode", "auto", "--cheap", CHEAP, "--strong", MODEL, "--cost-target", "0.3")
+    made = shared.cli("deploy", "smart", *auto, "--tenant", tenant.name)
+    assert made["state"] == "ready"
+    assert asked(tenant, 1, model="smart:cheap")[0][1].model == CHEAP  # known at once
+    names = [model.id for model in tenant.client().models.list().data]
+    assert "smart" in names
+    hard = (
+        "John has 3 apples, gives 2 to Mary and buys 5 more for $4 each. Tom had 40 dollars and "
+        "paid 15% tax on 7 items. How many dollars does he have left after 3 weeks if he earns $12 "
+        "per day?"
+    )
+    easy = asked(tenant, 1, model="smart", text="Which of these is a fruit?")[0]
+    forced = asked(tenant, 1, model="smart:strong")[0]
+    proof = asked(tenant, 1, model="smart", text=hard)[0]
+    assert (easy[0]["x-market-lane-reason"], easy[1].model) == ("simple", CHEAP)
+    assert (forced[0]["x-market-lane-reason"], forced[1].model) == ("pinned", MODEL)
+    assert (proof[0]["x-market-lane-reason"], proof[1].model) == ("complex", MODEL)
+    rows = tenant.rows(4).sort_values("lsn")
+    first = rows[rows["model"] == CHEAP].iloc[1]
+    attrs = dict(first["attrs"])
+    assert (attrs["auto"], attrs["not_taken"]) == ("smart", MODEL)
+    counts = first["input_tokens"], first["cached_input_tokens"], first["output_tokens"]
+    fresh, cached, output = counts[0] - counts[1], counts[1], counts[2]
+    dear = (fresh * Decimal("0.1") + cached * Decimal("0.05") + output * Decimal("0.4")) / 10**6
+    assert Decimal(attrs["not_taken_charge"]) == dear
+    (lane,) = shared.cli("usage", "--by", "lane", "--tenant", tenant.name)
+    cheap = rows[rows["model"] == CHEAP]
+    saved = (
+        sum(Decimal(dict(a)["not_taken_charge"]) for a in cheap["attrs"]) - cheap["charge"].sum()
+    )
+    assert Decimal(str(lane["saved"])) == saved > 0
+    assert Decimal(tenant.balance()["balance"]) == 10 - rows["charge"].sum()
+    assert shared.cli("undeploy", "smart", "--yes")["state"] == "removed"
+
+
+def test_wrong_options_say_what_to_do_and_change_nothing(shared):
+    before = shared.cli("deployments")
+    tenant = shared.tenant()
+    auto = ("deploy", CHEAP, "--mode", "auto", "--cheap", CHEAP, "--strong", MODEL)
+    refused = shared.run(*auto, "--tenant", tenant.name)
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert "name of your own" in refused.stderr
+    wrong = shared.run("deploy", MODEL, "--mode", "lease", "--cheap", CHEAP)
+    assert wrong.returncode == 2
+    assert [d["deployment_id"] for d in shared.cli("deployments")] == [
+        d["deployment_id"] for d in before
+    ]

@@ -111,7 +111,7 @@ class TestTools:
 class TestStructuredOutput:
     def test_parse_helper_gives_the_object(self, tenant):
         answer = tenant.client().chat.completions.parse(
-            model="tiny-qwen", messages=HI, response_format=Verdict, max_tokens=60
+            model="tiny-qwen", messages=HI, response_format=Verdict, max_tokens=400
         )
         assert isinstance(answer.choices[0].message.parsed, Verdict)
 

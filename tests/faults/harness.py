@@ -45,7 +45,7 @@ LEDGER_POINTS = (
 RECORD_POINTS = ("spooled", "acknowledged")
 SWEEP_POINTS = ("swept", "recovered")
 START = datetime(2026, 10, 30, 12, 0, tzinfo=UTC)
-DEADLINE_S = 60.0
+DEADLINE_S = 180.0
 TENANTS = ("acme", "bolt", "coil")
 REASONS = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.PROVIDER_ERROR)
 

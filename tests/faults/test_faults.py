@@ -12,7 +12,7 @@ import pytest
 from tests.faults import harness
 
 ROOT = Path(__file__).parent.parent.parent
-CASES = 60
+CASES = 40
 
 
 @pytest.mark.timeout(1200)
