@@ -146,7 +146,8 @@ class Lanes:
         options = [o for model in models for o in await self._options(model, principal)]
         if not options:
             route = await self._routes.route(models[0], principal)
-            return Choice(route, why, attrs=attrs)
+            not_taken = await self._not_taken(rule, route)
+            return Choice(route, why, not_taken=not_taken, attrs=attrs)
         best, how = routing.cheapest(options, policy.ttft_s)
         if best.route.model != models[0]:
             self._wake_if_cold(models[0], principal)
@@ -159,7 +160,7 @@ class Lanes:
             second = Choice(
                 other.route, Reason.FALLBACK, cap=other.cap, attrs=(*attrs, *other.attrs)
             )
-        not_taken = await self._not_taken(rule, best)
+        not_taken = await self._not_taken(rule, best.route)
         attrs = (*attrs, *best.attrs)
         return Choice(best.route, why or how, second, best.cap, not_taken, attrs)
 
@@ -203,15 +204,14 @@ class Lanes:
                 found.append(Option(pool, card, load))
         return found
 
-    async def _not_taken(self, rule: Rule, best: Option) -> RateCard | None:
+    async def _not_taken(self, rule: Rule, route: Route) -> RateCard | None:
         """The price of the other model, or of the pool where one's own lease serves."""
         policy = rule.policy
         if policy.cheap:
-            taken = best.route.model
-            return await self._routes.rate_card(
-                policy.strong if taken == policy.cheap else policy.cheap
-            )
-        return best.card if best.route.lane is Lane.LEASE else None
+            other = policy.strong if route.model == policy.cheap else policy.cheap
+            return await self._routes.rate_card(other)
+        is_lease = route.lane is Lane.LEASE
+        return await self._routes.rate_card(route.model) if is_lease else None
 
     # -- what is seen --------------------------------------------------------------------------
 

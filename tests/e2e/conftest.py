@@ -172,13 +172,12 @@ class Tenant:
 
         return Decimal(wait_until(free, f"{self.name} has nothing on hold")["balance"])
 
-    def rows(self, count: int, timeout_s: float = 60, kind: str | None = None) -> pd.DataFrame:
-        """This tenant's usage rows (of a kind), once ``count`` of them are sealed."""
+    def rows(self, count: int, timeout_s: float = 60) -> pd.DataFrame:
+        """This tenant's usage rows, once ``count`` of them are sealed."""
 
         def sealed() -> pd.DataFrame | None:
             ledger = self.market.ledger()
             mine = ledger[ledger["tenant_id"] == self.name]
-            mine = mine if kind is None else mine[mine["kind"] == kind]
             return mine if len(mine) >= count else None
 
         rows = wait_until(sealed, f"{count} rows of {self.name}", timeout_s)

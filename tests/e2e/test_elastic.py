@@ -232,7 +232,14 @@ def test_hybrid_spills_while_its_lease_is_full_within_the_days_budget(shared):
     assert {headers["x-market-lane-reason"] for headers in spilled} <= {"ttft", "queue"}
     assert all("x-market-lease-id" not in headers for headers in spilled)
     assert {body.usage.completion_tokens for _, body in burst} == {50}
-    rows = acme.rows(22, kind="tokens")
+    ids = {headers["x-request-id"] for headers, _ in alone + burst + again}
+
+    def sealed():
+        rows = shared.ledger()
+        rows = rows[rows["request_id"].isin(ids)]
+        return rows if len(rows) == len(ids) else None
+
+    rows = wait_until(sealed, "their rows")
     by_lane = rows.groupby("lane")["charge"].sum()
     assert by_lane["lease"] == 0
     # One answer costs a tenth of the budget: it was used up, and not overdrawn.

@@ -68,6 +68,8 @@ class FakeLive:
         if model not in CARDS:
             await self.refresh()
             raise NotFound(f"model {model} is not served")
+        if isinstance(self.pools.get(model), NotReady):
+            await self.awake(model, principal)
         if self.leases.get(model) is None and self.pools.get(model) is None:
             raise NoCapacity(f"model {model} is not ready")
         return self.leases.get(model) or self.pools[model]
@@ -234,6 +236,10 @@ class TestAuto:
         for task in list(world.lanes._waking.values()):
             await task
         assert (await world.choose("smart", text="0.1")).route.model == SMALL
+
+    async def test_price_not_taken_is_there_though_the_model_had_to_start(self):
+        choice = await World(AUTO, pools=[COLD, pool(BIG)]).choose("smart:cheap")
+        assert (choice.reason, choice.not_taken) == (Reason.PINNED, CARDS[BIG])
 
     async def test_failure_of_one_is_served_by_the_other(self):
         world = self.world()
