@@ -68,6 +68,9 @@ class FakeLive:
         if model not in CARDS:
             await self.refresh()
             raise NotFound(f"model {model} is not served")
+        rule = self.rule(model, principal)
+        if rule is not None and rule.lease_id is not None and model not in self.leases:
+            raise NoCapacity(f"model {model} is not ready")  # its lease comes before the pool
         if isinstance(self.pools.get(model), NotReady):
             await self.awake(model, principal)
         if self.leases.get(model) is None and self.pools.get(model) is None:
@@ -156,7 +159,8 @@ class TestHybrid:
 
     async def test_key_that_may_not_spill_wakes_nothing(self):
         world = World(HYBRID, pools=[COLD])
-        await world.choose(principal=replace(ACME, policy=KeyPolicy(lanes=(Lane.LEASE,))))
+        with pytest.raises(NoCapacity):
+            await world.choose(principal=replace(ACME, policy=KeyPolicy(lanes=(Lane.LEASE,))))
         assert world.live.woken == []
 
     async def test_says_so_if_nothing_serves(self):
