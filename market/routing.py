@@ -70,8 +70,8 @@ class Load:
 class Choice:
     """Where a request goes, and why.
 
-    ``otherwise`` is tried if it can be served there neither with the money nor by the replicas.
-    ``cap`` bounds what it may cost; ``not_taken`` is the price of what else would have served it.
+    ``otherwise`` is tried if it is refused there or fails before the first token. ``cap`` bounds
+    what it may cost; ``not_taken`` is the price of what else would have served it.
     """
 
     route: Route

@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 
 from market import catalog, routing
 from market.errors import InvalidRequest, MarketError, NotFound
@@ -123,13 +124,11 @@ class Lanes:
             attrs = (("spilled_from", str(rule.lease_id)),)
             spill = Choice(pool, reason or Reason.FALLBACK, cap=_cap(rule), attrs=attrs)
         lease = None if own is None else Choice(own, Reason.OWN)
-        first, second = (lease, spill) if reason is None else (spill, lease)
-        if first is None and second is None:
-            return Choice(await self._routes.route(rule.model, principal))
-        if first is None:
-            assert second is not None
-            return second
-        return _with(first, second)
+        order = (lease, spill) if reason is None else (spill, lease)
+        first, *others = [choice for choice in order if choice is not None] or [
+            Choice(await self._routes.route(rule.model, principal))
+        ]
+        return replace(first, otherwise=others[0]) if others else first
 
     # -- auto ----------------------------------------------------------------------------------
 
@@ -142,14 +141,15 @@ class Lanes:
         models: tuple[str, ...] = (rule.model,)
         why: Reason | None = None
         if policy.cheap:
-            models, why = await self._models(rule, query(), pin)
+            models, why = await self._models(rule, query, pin)
         options = [o for model in models for o in await self._options(model, principal)]
         if not options:
-            route = await self._routes.route(models[0], principal)
-            not_taken = await self._not_taken(rule, route)
-            return Choice(route, why, not_taken=not_taken, attrs=attrs)
+            found = await self._only(models[0], principal)
+            not_taken = await self._not_taken(rule, found.route)
+            attrs = (*attrs, *found.attrs)
+            return replace(found, reason=why or found.reason, not_taken=not_taken, attrs=attrs)
         best, how = routing.cheapest(options, policy.ttft_s)
-        if best.route.model != models[0]:
+        if how is Reason.FASTEST or best.route.model != models[0]:
             self._wake_if_cold(models[0], principal)
         others = [option for option in options if option is not best]
         second = None
@@ -164,11 +164,21 @@ class Lanes:
         attrs = (*attrs, *best.attrs)
         return Choice(best.route, why or how, second, best.cap, not_taken, attrs)
 
-    async def _models(self, rule: Rule, query: Query, pin: str) -> tuple[tuple[str, ...], Reason]:
+    async def _only(self, model: str, principal: Principal) -> Choice:
+        """The way to a model that does not serve yet, by the rules of a hybrid if it is one."""
+        rule = self._routes.rule(model, principal)
+        if rule is not None and rule.lease_id is not None:
+            return await self._hybrid(rule, principal)
+        return Choice(await self._routes.route(model, principal))
+
+    async def _models(
+        self, rule: Rule, ask: Callable[[], Query], pin: str
+    ) -> tuple[tuple[str, ...], Reason]:
         """The models that may answer, the one preferred first."""
         policy = rule.policy
         if pin:
             return (policy.cheap if pin == "cheap" else policy.strong,), Reason.PINNED
+        query = ask()
         forced = routing.needs_strong(query, catalog.find(policy.cheap).served_context_tokens)
         if forced is not None:
             return (policy.strong,), forced
@@ -243,7 +253,3 @@ def _cap(rule: Rule) -> Budget | None:
     """What spills of a hybrid may cost a day."""
     limit = rule.policy.spill_pico
     return None if limit is None else Budget(f"spill:{rule.lease_id}", Period.DAY, limit)
-
-
-def _with(first: Choice, second: Choice | None) -> Choice:
-    return Choice(first.route, first.reason, second, first.cap, first.not_taken, first.attrs)

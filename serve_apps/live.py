@@ -108,6 +108,7 @@ class LiveRoutes:
         self._on_unpriced = on_unpriced
         self._on_cold = on_cold
         self._table = RouteTable((), ())
+        self._rules: dict[str, list[Rule]] = {}
         self._cards = cards
         self._engines: dict[str, Link] = {}
         self._leaving: list[tuple[str, Link]] = []
@@ -169,6 +170,9 @@ class LiveRoutes:
             ),
             rules=table.rules,
         )
+        self._rules = {}
+        for rule in table.rules:
+            self._rules.setdefault(rule.tenant_id, []).append(rule)
         self._refreshed.set()
         self._refreshed = asyncio.Event()
 
@@ -219,7 +223,7 @@ class LiveRoutes:
 
     def rules(self, tenant_id: str) -> list[Rule]:
         """All rules of a tenant."""
-        return [rule for rule in self._table.rules if rule.tenant_id == tenant_id]
+        return self._rules.get(tenant_id, [])
 
     def own(self, model: str, principal: Principal) -> Route | None:
         """The least busy replica of the tenant's own leases, if one serves."""

@@ -60,7 +60,9 @@ GpuMemory = Annotated[
 MaxPrice = Annotated[str | None, typer.Option(help="Lease: at most this per GPU-hour.")]
 Region = Annotated[str | None, typer.Option(help="Lease: only in this region.")]
 Provider = Annotated[str | None, typer.Option(help="Lease: only from this provider.")]
-Resale = Annotated[bool, typer.Option("--resale", help="Lease: sell what it leaves idle.")]
+Resale = Annotated[
+    bool, typer.Option("--resale", help="Lease: its idle time may be sold (nothing does so yet).")
+]
 Tenant = Annotated[
     str | None, typer.Option(help="Lease: for whom; a tenant's own key says it already.")
 ]

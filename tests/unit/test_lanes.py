@@ -215,6 +215,28 @@ class TestAuto:
         assert (choice.route.model, choice.reason) == (model, Reason.PINNED)
         assert choice.otherwise is None
 
+    async def test_pinned_ones_are_not_looked_at(self):
+        def unreadable():
+            raise InvalidRequest("token ids are those of one model")
+
+        choice = await self.world().lanes.choose("smart:cheap", ACME, unreadable)
+        assert choice.route.model == SMALL
+        with pytest.raises(InvalidRequest, match="one model"):
+            await self.world().lanes.choose("smart", ACME, unreadable)
+
+    async def test_sleeping_pool_of_a_hybrid_wakes_within_its_budget(self):
+        choice = await World(AUTO, HYBRID, pools=[COLD]).choose("smart:cheap")
+        assert (choice.route.lane, choice.cap.limit_pico) == (Lane.SPILL, 5)
+        assert choice.attrs == (("auto", "smart"), ("spilled_from", "lease-1"))
+
+    async def test_sleeping_pool_is_woken_while_the_lease_is_too_slow(self):
+        rule = replace(AUTO, model=SMALL, policy=LanePolicy(2.0))
+        world = World(rule, leases=[own()], pools=[COLD], lease_1=FULL)
+        assert (await world.choose()).reason is Reason.FASTEST
+        for task in list(world.lanes._waking.values()):
+            await task
+        assert (await world.choose()).reason is Reason.CHEAPEST
+
     async def test_unknown_pin(self):
         with pytest.raises(InvalidRequest, match=":cheap or :strong"):
             await self.world().choose("smart:best")
