@@ -16,7 +16,7 @@ CASES = 40
 
 
 @pytest.mark.timeout(1200)
-def test_hundreds_of_kills_lose_nothing_and_double_nothing():
+def test_a_hundred_kills_lose_nothing_and_double_nothing():
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "soak_ledger.py"), "--cases", str(CASES), "--json"],
         capture_output=True,
@@ -25,7 +25,7 @@ def test_hundreds_of_kills_lose_nothing_and_double_nothing():
     )
     assert done.returncode == 0, done.stderr[-4000:]
     summary = json.loads(done.stdout)
-    assert summary["kills"] > 2 * CASES
+    assert summary["kills"] > 100
     never = set(harness.LEDGER_POINTS + harness.RECORD_POINTS + harness.SWEEP_POINTS)
     never -= set(summary["kills_per_point"])
     assert not never, f"no case died at {never}"
