@@ -189,7 +189,7 @@ def test_model_whose_weights_cannot_be_had_fails_with_a_reason(market):
     done = market.run("deploy", "smollm2-135m")
     assert done.returncode == 1
     assert "smollm2-135m did not start" in done.stderr
-    assert "could not download" in done.stderr
+    assert "could not get smollm2-135m from HuggingFaceTB" in done.stderr
     (deployment,) = market.cli("deployments")
     assert deployment["state"] == "failed"
     market.cli("undeploy", "smollm2-135m")

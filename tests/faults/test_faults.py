@@ -12,7 +12,7 @@ import pytest
 from tests.faults import harness
 
 ROOT = Path(__file__).parent.parent.parent
-CASES = 40
+CASES = 60
 
 
 @pytest.mark.timeout(1200)
