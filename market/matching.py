@@ -100,6 +100,12 @@ def _pick(
     return Match(order, offer, place, start, end)
 
 
+def can_hold(offer: Offer, model: Model) -> bool:
+    """Whether a node's GPUs together, or its CPUs, are large enough for a model."""
+    memory_mib = sum(gpu.memory_mib for gpu in offer.gpus)
+    return model.runs_on_cpu or (not offer.logical and memory_mib >= model.memory_mib)
+
+
 def node_room(offer: Offer, free_milli: Sequence[int]) -> NodeRoom:
     """An offer's node with what is free of each GPU."""
     return NodeRoom(

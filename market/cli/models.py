@@ -12,6 +12,7 @@ app = typer.Typer(help="The catalog of models, and their files.", no_args_is_hel
 
 STORED = ("node", "model", "state", "gib", "used", "pinned", "in_use", "message")
 POLL_S = 0.3
+AGAIN_MAX = 20
 ENDED = ("ready", "by_hand", "failed")
 
 Name = Annotated[str, typer.Argument(help="A model of the catalog (market models ls).")]
@@ -58,13 +59,10 @@ def pull(
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Have a model's files on nodes before it starts there; again goes on where it broke off."""
-    from market.cli.api import request
     from market.errors import MarketFault
 
-    begun = request(
-        "POST", "/stored-models", json={"model": model, "nodes": node or [], "pin": pin}
-    )
-    rows = _watch(model, begun["nodes"]) if wait else _rows(model, begun["nodes"])
+    nodes = _begin(model, node or [], pin)
+    rows = _watch(model, nodes, pin) if wait else _rows(model, nodes)
     failed = [row for row in rows if row["message"]]
     if failed:
         first = failed[0]
@@ -85,11 +83,26 @@ def remove(model: Name, node: Nodes = None, output: OutputOption = Output.TABLE)
     show(output, answer)
 
 
-def _watch(model: str, nodes: list[str]) -> list[dict[str, Any]]:
-    """The rows of all nodes once nothing is pulled any more, with a bar for each meanwhile."""
+def _begin(model: str, nodes: list[str], pin: bool) -> list[str]:
+    """Ask for a pull; the nodes that do."""
+    from market.cli.api import request
+
+    asked = {"model": model, "nodes": nodes, "pin": pin}
+    begun: list[str] = request("POST", "/stored-models", json=asked)["nodes"]
+    return begun
+
+
+def _watch(model: str, nodes: list[str], pin: bool) -> list[dict[str, Any]]:
+    """The rows of all nodes once nothing is pulled any more, with a bar for each meanwhile.
+
+    A pull whose process died is asked for again: it goes on where it broke off.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+    from market.errors import MarketFault
+
+    again = 0
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -108,6 +121,12 @@ def _watch(model: str, nodes: list[str]) -> list[dict[str, Any]]:
                 )
             if len(rows) == len(nodes) and all(row["state"] in ENDED for row in rows):
                 break
+            broken = [row["node_id"] for row in rows if row["state"] == "partial"]
+            if broken:
+                again += 1
+                if again > AGAIN_MAX:
+                    raise MarketFault(f"the pull of {model} breaks off again and again")
+                _begin(model, broken, pin)
             time.sleep(POLL_S)
     return rows
 

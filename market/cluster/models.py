@@ -13,7 +13,7 @@ import shutil
 import struct
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ PARTIAL, LOCKS, TOKENIZERS = ".partial", ".locks", ".tokenizers"
 LIMIT_VARIABLE = "MARKET_MODELS_MAX_GIB"
 # Of the disk so much stays free for everything else.
 SPARE_BYTES = 2 * 1024**3
-BLOCK_BYTES = 4 * 1024 * 1024
+# Who looks whether a model is used is gone after so many looks.
+LOOKS, LOOK_S = 20, 0.02
 HEADER_MAX_BYTES = 100 * 1024 * 1024
 GIB = 1024**3
 
@@ -72,7 +73,7 @@ def fetch(model: Model, models_dir: Path, *, weights: bool) -> Path:
         ) from error
 
 
-def to_evict(stored: Iterable[StoredModel], need_bytes: int) -> list[str] | None:
+def least_used(stored: Iterable[StoredModel], need_bytes: int) -> list[str] | None:
     """The least recently used models whose going makes room; None if that is not enough."""
     gone, freed = [], 0
     free = [m for m in stored if m.state == StoredState.READY and not (m.pinned or m.in_use)]
@@ -123,19 +124,18 @@ class ModelStore:
 
     def use(self, model: Model) -> None:
         """Pull it, and keep it from being evicted until this process ends."""
-        path = self._folder / LOCKS / model.name
-        while True:
+        path, folder = self._folder / LOCKS / model.name, self._folder / model.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while path not in self._using:
             self.pull(model)
-            if path not in self._using:
-                path.parent.mkdir(exist_ok=True)
-                handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-                fcntl.flock(handle, fcntl.LOCK_SH)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.flock(handle, fcntl.LOCK_SH)
+            if _has(folder, weights=True):
                 self._using[path] = handle
-            # It may have been evicted in the moment between.
-            if _has(self._folder / model.name, weights=True):
-                break
+            else:  # evicted in the moment between; a pull needs the lock that we have
+                os.close(handle)
         with suppress(OSError):
-            os.utime(self._folder / model.name / MANIFEST)
+            os.utime(folder / MANIFEST)
 
     def tokenizer(self, model: Model) -> Path:
         """A folder with all but the weights. Raises as ``pull`` does."""
@@ -167,7 +167,7 @@ class ModelStore:
             raise NotFound(f"{name} is not on this disk (market models ls --stored)")
         if known.state == StoredState.BY_HAND:
             raise Conflict(f"{self._folder / name} was put there by hand; remove it by hand")
-        with self._locked(name, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        with self._unused(name):
             for folder in (self._folder, self._folder / PARTIAL, self._folder / TOKENIZERS):
                 _delete(folder / name)
         return known.bytes
@@ -199,7 +199,7 @@ class ModelStore:
             short = max(short, had + need_bytes - self._max_bytes)
         if short <= 0:
             return
-        gone = to_evict(stored, short) if evict else None
+        gone = least_used(stored, short) if evict else None
         if gone is None:
             kept = ", ".join(m.model for m in stored if m.pinned or m.in_use) or "none"
             raise Overloaded(
@@ -242,6 +242,23 @@ class ModelStore:
                 return False
         except Conflict:
             return True
+
+    @contextmanager
+    def _unused(self, name: str) -> Iterator[None]:
+        """Nobody uses or pulls the model meanwhile. Raises Conflict if somebody does.
+
+        Whoever only looks whether it is used has the lock for a moment, too: that is waited for.
+        """
+        with ExitStack() as held:
+            for left in reversed(range(LOOKS)):
+                try:
+                    held.enter_context(self._locked(name, fcntl.LOCK_EX | fcntl.LOCK_NB))
+                    break
+                except Conflict:
+                    if not left:
+                        raise
+                    time.sleep(LOOK_S)
+            yield
 
     @contextmanager
     def _locked(self, name: str, how: int) -> Iterator[None]:

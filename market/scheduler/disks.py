@@ -4,8 +4,7 @@ import asyncio
 import logging
 from collections.abc import Iterable
 
-from market import catalog
-from market.catalog import Model
+from market import catalog, matching
 from market.errors import MarketError, NotFound
 from market.matching import Misfit
 from market.scheduler.core import Core
@@ -41,17 +40,19 @@ class Disks:
 
     async def stored(self) -> dict[str, tuple[StoredModel, ...]]:
         """What is on the disks of all nodes that answer, by node."""
-        found = {}
-        for offer in self._core.offers:
-            if offer.state in SEEN:
-                try:
-                    models = await asyncio.to_thread(self._core.cluster.models, offer)
-                except MarketError as error:
-                    logger.info("disk of %s not seen: %s", offer.node_id, error)
-                    continue
-                found[offer.node_id] = models
-                names = frozenset(m.model for m in models if m.state in THERE)
-                self._core.on_disk[offer.node_id] = names
+        found: dict[str, tuple[StoredModel, ...]] = {}
+
+        async def look(offer: Offer) -> None:
+            try:
+                models = await asyncio.to_thread(self._core.cluster.models, offer)
+            except MarketError as error:
+                logger.info("disk of %s not seen: %s", offer.node_id, error)
+                return
+            found[offer.node_id] = models
+            names = frozenset(m.model for m in models if m.state in THERE)
+            self._core.on_disk[offer.node_id] = names
+
+        await asyncio.gather(*(look(o) for o in self._core.offers if o.state in SEEN))
         return found
 
     async def pull(self, name: str, nodes: Iterable[str], pin: bool) -> list[str]:
@@ -63,7 +64,7 @@ class Disks:
         offers = [self._offer(node_id) for node_id in nodes] or [
             offer
             for offer in self._core.offers
-            if offer.state is OfferState.OPEN and _can_run(model, offer)
+            if offer.state is OfferState.OPEN and matching.can_hold(offer, model)
         ]
         if not offers:
             raise NotFound(
@@ -142,9 +143,3 @@ class Disks:
             if offer.node_id == node_id and offer.state is not OfferState.LEFT:
                 return offer
         raise NotFound(f"no node {node_id!r} (market offers)", code="node_not_found")
-
-
-def _can_run(model: Model, offer: Offer) -> bool:
-    """Whether a node's GPUs together, or its CPUs, can hold a model."""
-    memory_mib = sum(gpu.memory_mib for gpu in offer.gpus)
-    return model.runs_on_cpu or (not offer.logical and memory_mib >= model.memory_mib)

@@ -690,12 +690,33 @@ class TestStoredModels:
         assert run("models", "rm", "qwen-0.5b", *JSON).json["freed_bytes"]["farm"] > 0
         assert "on no disk" in run("models", "rm", "qwen-0.5b", code=1).err
 
-    def test_failed_pull_says_why(self, market, run):
+    def test_failed_pull_says_why(self, market, run, monkeypatch):
         failed = StoredModel("qwen-0.5b", StoredState.FAILED, 0, 9, 0.0, message="no route to host")
         market.cluster.disks["farm"]["qwen-0.5b"] = failed
-        market.cluster.pull = lambda model, offer, pin, evict: None
+        monkeypatch.setattr(market.cluster, "pull", lambda model, offer, pin, evict: None)
         refused = run("models", "pull", "qwen-0.5b", code=1).err
         assert "qwen-0.5b was not pulled to farm: no route to host" in refused
+
+    def test_pull_that_never_gets_on_is_given_up(self, market, run, monkeypatch):
+        broken = StoredModel("qwen-0.5b", StoredState.PARTIAL, 5, 9, 0.0)
+        market.cluster.disks["farm"]["qwen-0.5b"] = broken
+        monkeypatch.setattr(market.cluster, "pull", lambda model, offer, pin, evict: None)
+        monkeypatch.setattr("market.cli.models.POLL_S", 0.01)
+        assert "breaks off again and again" in run("models", "pull", "qwen-0.5b", code=1).err
+
+    def test_pull_whose_process_died_is_asked_for_again(self, market, run, monkeypatch):
+        broken = StoredModel("qwen-0.5b", StoredState.PARTIAL, 5, 9, 0.0)
+        market.cluster.disks["farm"]["qwen-0.5b"] = broken
+        pull, asked = market.cluster.pull, []
+
+        def dies_once(model, offer, **options):
+            asked.append(model.name)
+            if len(asked) > 1:
+                pull(model, offer, **options)
+
+        monkeypatch.setattr(market.cluster, "pull", dies_once)
+        done = run("models", "pull", "qwen-0.5b", *JSON)
+        assert (done.json[0]["state"], len(asked)) == ("ready", 2)
 
     def test_only_the_operator(self, market, run):
         assert "operator" in run("models", "pull", "qwen-0.5b", code=1, key="acme").err

@@ -1,6 +1,7 @@
 """The model store over folders and a web server of the test's own."""
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import http.server
@@ -17,7 +18,7 @@ from safetensors.numpy import save_file
 from market import catalog
 from market.cluster import models
 from market.cluster.agent import Pulls
-from market.cluster.models import ModelStore, fetch, to_evict
+from market.cluster.models import ModelStore, fetch, least_used
 from market.cluster.sources import FileSystem, Hub, SourceFile, open_source
 from market.errors import Conflict, EngineFailed, InvalidRequest, NotFound, Overloaded
 from market.types import StoredModel, StoredState
@@ -197,6 +198,35 @@ class TestRoom:
             limited.pull(model(origin), evict=False)
         assert set(named(store)) >= set(names)
 
+    def test_one_that_is_evicted_just_before_it_is_used_comes_back(self, store, origin):
+        pull, pulled = store.pull, []
+
+        def raced(model, **options):
+            pull(model, **options)
+            pulled.append(model.name)
+            if len(pulled) == 1:
+                store.remove(model.name)
+
+        store.pull = raced
+        store.use(model(origin))
+        assert pulled == ["qwen-7b"] * 2
+        assert named(store)["qwen-7b"].in_use
+
+    def test_who_only_looks_is_in_nobodys_way(self, store, origin):
+        store.pull(model(origin))
+        looking, over = threading.Event(), threading.Event()
+
+        def look():
+            with store._locked("qwen-7b", fcntl.LOCK_EX):
+                looking.set()
+                over.wait(0.1)
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        assert looking.wait(10)
+        store.remove("qwen-7b")
+        thread.join(10)
+
     def test_room_is_made_for_what_is_missing_only(self):
         ready = StoredState.READY
         stored = [
@@ -205,9 +235,9 @@ class TestRoom:
             StoredModel("c", StoredState.BY_HAND, 50, 50, 0.0),
             StoredModel("d", ready, 50, 50, 0.0, pinned=True),
         ]
-        assert to_evict(stored, 5) == ["a"]
-        assert to_evict(stored, 6) == ["a", "b"]
-        assert to_evict(stored, 11) is None
+        assert least_used(stored, 5) == ["a"]
+        assert least_used(stored, 6) == ["a", "b"]
+        assert least_used(stored, 11) is None
 
     @pytest.mark.parametrize("text", ["0", "much", "-1"])
     def test_senseless_limits(self, tmp_path, monkeypatch, text):
@@ -326,6 +356,12 @@ class Server(http.server.SimpleHTTPRequestHandler):
         self.send_header("content-range", f"bytes {first}-{last}/{len(content)}")
         self.end_headers()
         limit = self.server.limits.pop(os.path.basename(path), None)
+        if limit is not None and self.server.gate is not None:
+            self.wfile.write(body[:limit])
+            self.wfile.flush()
+            self.server.gate.wait(60)
+            self.close_connection = True
+            return
         if limit is not None:
             self.wfile.write(body[:limit])
             self.close_connection = True
@@ -338,11 +374,11 @@ class Server(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def web(tmp_path):
+def web(tmp_path, origin):
     """A web server over ``origin``'s parent; ``asked`` are (file, first byte)."""
     handler = functools.partial(Server, directory=str(tmp_path))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.asked, server.limits = [], {}
+    server.asked, server.limits, server.gate = [], {}, None
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     server.url = f"http://127.0.0.1:{server.server_address[1]}/origin"
@@ -387,6 +423,29 @@ class TestHttp:
             store.pull(model(web.url))
         assert caught.value.code in ("source_unreachable", "checksum_mismatch")
         store.pull(model(web.url))
+
+    def test_killed_in_the_middle_it_goes_on_there(self, tmp_path, store, web):
+        """kill -9 of the process that pulls: its lock is gone with it, what it had is not."""
+        size = 12 * 1024 * 1024  # three of the blocks in which a file is asked for
+        save_file({"w": np.zeros(size, np.uint8)}, tmp_path / "origin" / "model-0.safetensors")
+        checksums(tmp_path / "origin")
+        web.gate, web.limits = threading.Event(), {"model-1.safetensors": 1000}
+        context = multiprocessing.get_context("spawn")
+        process = context.Process(target=fetch, args=(model(web.url), store._folder), kwargs=WITH)
+        process.start()
+        while "model-1.safetensors" not in [name for name, _ in web.asked]:
+            assert process.is_alive()
+            process.join(0.05)
+        process.kill()
+        process.join(10)
+        web.gate.set()
+        entry = named(store)["qwen-7b"]
+        assert entry.state is StoredState.PARTIAL
+        assert entry.bytes > size
+        web.asked.clear()
+        store.pull(model(web.url))
+        assert "model-0.safetensors" not in [name for name, _ in web.asked]
+        assert named(store)["qwen-7b"].state is StoredState.READY
 
     def test_nobody_answers(self, store):
         with pytest.raises(Overloaded):
