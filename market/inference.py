@@ -220,7 +220,7 @@ class Inference:
             usage_quality=UsageQuality.RECOVERED,
             lease_id=route.lease_id,
             slice_id=None if reservation is None else reservation.slice.slice_id,
-            attrs=(*ask.attrs, *choice.attrs),
+            attrs=choice.attrs,
         )
 
     async def _enter(self, admission: Admission) -> None:

@@ -40,7 +40,6 @@ class Ask:
     chat: bytes | None = None
     embeds: bool = False
     stream: bool = True
-    attrs: tuple[tuple[str, str], ...] = ()
 
     @property
     def input_tokens(self) -> int:

@@ -8,10 +8,10 @@ RouteLLM, Ong et al., 2024).
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from market.types import Budget, Lane, RateCard, Route
+from market.types import Budget, Lane, LanePolicy, Period, RateCard, Route, Rule
 
 # A request that may need more than this part of a model's context is too long for it: what a prompt
 # has is an estimate.
@@ -148,6 +148,40 @@ def spill_reason(lease: Load | None, ttft_s: float) -> Reason | None:
     if lease.is_full and lease.first_token_s > ttft_s:
         return Reason.TTFT
     return None
+
+
+def spill_cap(rule: Rule) -> Budget | None:
+    """What spills of a hybrid may cost a day; None: anything."""
+    limit = rule.policy.spill_pico
+    return None if limit is None else Budget(f"spill:{rule.lease_id}", Period.DAY, limit)
+
+
+def spill_attrs(rule: Rule) -> tuple[tuple[str, str], ...]:
+    """What the record of a spill says."""
+    return (("spilled_from", str(rule.lease_id)),)
+
+
+def with_spill(
+    rule: Rule, own: Route | None, pool: Route | None, reason: Reason | None
+) -> Choice | None:
+    """A hybrid's way: its lease, or the pool if there is a ``reason``; the other one otherwise.
+
+    Either is None if it cannot serve; None if neither can.
+    """
+    lease = [] if own is None else [Choice(own, Reason.OWN)]
+    why = reason or Reason.FALLBACK
+    spill = (
+        [] if pool is None else [Choice(pool, why, None, spill_cap(rule), None, spill_attrs(rule))]
+    )
+    order = [*lease, *spill] if reason is None else [*spill, *lease]
+    return replace(order[0], otherwise=order[1] if order[1:] else None) if order else None
+
+
+def deal(policy: LanePolicy, score: float, threshold: float) -> tuple[tuple[str, ...], Reason]:
+    """The models that are good enough for a request so hard, the one preferred first."""
+    if score > threshold:
+        return (policy.strong,), Reason.COMPLEX
+    return (policy.cheap, policy.strong), Reason.SIMPLE
 
 
 def strong_share(cheap: RateCard, strong: RateCard, cost_target: float) -> float:

@@ -14,7 +14,7 @@ from market.errors import InvalidRequest, MarketError, NotFound
 from market.inference import pool_of
 from market.routing import Choice, Difficulties, Load, Option, Query, Reason
 from market.scorer import Scorer
-from market.types import Budget, Lane, NotReady, Period, Principal, RateCard, Route, Rule
+from market.types import Lane, NotReady, Principal, RateCard, Route, Rule
 from serve_apps.auth import may_use
 from serve_apps.live import LiveRoutes
 
@@ -119,16 +119,9 @@ class Lanes:
                 pool = self._routes.pool(rule.model, principal, Lane.SPILL)
             else:  # those that come next can spill
                 self._wake(rule.model, principal, Lane.SPILL)
-        spill = None
-        if isinstance(pool, Route) and spills:
-            attrs = (("spilled_from", str(rule.lease_id)),)
-            spill = Choice(pool, reason or Reason.FALLBACK, cap=_cap(rule), attrs=attrs)
-        lease = None if own is None else Choice(own, Reason.OWN)
-        order = (lease, spill) if reason is None else (spill, lease)
-        first, *others = [choice for choice in order if choice is not None] or [
-            Choice(await self._routes.route(rule.model, principal))
-        ]
-        return replace(first, otherwise=others[0]) if others else first
+        ready = pool if isinstance(pool, Route) and spills else None
+        choice = routing.with_spill(rule, own, ready, reason)
+        return choice or Choice(await self._routes.route(rule.model, principal))
 
     # -- auto ----------------------------------------------------------------------------------
 
@@ -189,11 +182,9 @@ class Lanes:
             self._difficulties.popitem(last=False)
         cards = [await self._routes.rate_card(model) for model in (policy.cheap, policy.strong)]
         share = routing.strong_share(cards[0], cards[1], policy.cost_target)
-        hard = score > known.threshold(share, self._scorer.usual)
+        threshold = known.threshold(share, self._scorer.usual)
         known.add(score)
-        if hard:
-            return (policy.strong,), Reason.COMPLEX
-        return (policy.cheap, policy.strong), Reason.SIMPLE
+        return routing.deal(policy, score, threshold)
 
     async def _options(self, model: str, principal: Principal) -> list[Option]:
         """The tenant's own lease and the pool; beside a hybrid's lease the pool is a spill."""
@@ -206,12 +197,11 @@ class Lanes:
         lane = Lane.SPILL if hybrid else Lane.TOKENS
         pool = self._routes.pool(model, principal, lane)
         if isinstance(pool, Route) and may_use(principal, lane):
-            load = self._load_of(pool)
+            option = Option(pool, card, self._load_of(pool))
             if rule is not None and hybrid:
-                attrs = (("spilled_from", str(rule.lease_id)),)
-                found.append(Option(pool, card, load, _cap(rule), attrs))
-            else:
-                found.append(Option(pool, card, load))
+                cap, attrs = routing.spill_cap(rule), routing.spill_attrs(rule)
+                option = replace(option, cap=cap, attrs=attrs)
+            found.append(option)
         return found
 
     async def _not_taken(self, rule: Rule, route: Route) -> RateCard | None:
@@ -247,9 +237,3 @@ class Lanes:
         task = asyncio.get_running_loop().create_task(wake())
         self._waking[model] = task
         task.add_done_callback(lambda _: self._waking.pop(model, None))
-
-
-def _cap(rule: Rule) -> Budget | None:
-    """What spills of a hybrid may cost a day."""
-    limit = rule.policy.spill_pico
-    return None if limit is None else Budget(f"spill:{rule.lease_id}", Period.DAY, limit)

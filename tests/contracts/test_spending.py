@@ -53,13 +53,18 @@ async def opened(config, clock):
         await ledger.close()
 
 
+async def fill(ledger):
+    """A tenant with 10, a provider, a price."""
+    await ledger.create_tenant("acme")
+    await ledger.create_provider("local")
+    await ledger.add_rate_cards([CARD], only_new_models=False)
+    await ledger.transfer(deposit("10"))
+
+
 @pytest.fixture
 async def ledger(config, clock):
     async with opened(config, clock) as ledger:
-        await ledger.create_tenant("acme")
-        await ledger.create_provider("local")
-        await ledger.add_rate_cards([CARD], only_new_models=False)
-        await ledger.transfer(deposit("10"))
+        await fill(ledger)
         await ledger.add_key(ACME, "hash-1")
         await ledger.add_key(BUDGETED, "hash-2")
         await ledger.register_producer("gw0")
@@ -390,10 +395,7 @@ class TestCaps:
 
     async def test_what_was_spent_counts_over_restarts_until_the_day_is_over(self, config, clock):
         async with opened(config, clock) as ledger:
-            await ledger.create_tenant("acme")
-            await ledger.create_provider("local")
-            await ledger.add_rate_cards([CARD], only_new_models=False)
-            await ledger.transfer(deposit("10"))
+            await fill(ledger)
             epoch = await ledger.register_producer("gw0")
             ask = partial(hold_request, epoch=epoch, cap=self.SPILLED, lane=Lane.SPILL)
             hold = ask("a", wanted_pico=2 * CHARGE, minimum_pico=1)

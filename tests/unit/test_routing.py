@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from market import routing
 from market.routing import Difficulties, Load, Option, Query, Reason
-from market.types import Lane
+from market.types import Budget, Lane, LanePolicy, Period, Rule
 from tests.samples import CARD, ROUTE
 
 IDLE = Load(0, 0, 16)
@@ -44,6 +44,26 @@ class TestSpill:
 
     def test_no_replica_spills(self):
         assert routing.spill_reason(None, 2.0) is Reason.NOT_READY
+
+
+class TestWithSpill:
+    RULE = Rule("tiny", "acme", "lease-1", LanePolicy(2.0, spill_pico=7), lease_id="lease-1")
+
+    def test_the_lease_and_else_the_pool_within_its_cap(self):
+        choice = routing.with_spill(self.RULE, LEASE, ROUTE, None)
+        assert (choice.route, choice.reason, choice.cap) == (LEASE, Reason.OWN, None)
+        assert choice.otherwise.reason is Reason.FALLBACK
+        assert choice.otherwise.cap == Budget("spill:lease-1", Period.DAY, 7)
+
+    def test_the_pool_for_a_reason_and_else_the_lease(self):
+        choice = routing.with_spill(self.RULE, LEASE, ROUTE, Reason.TTFT)
+        assert (choice.route, choice.reason) == (ROUTE, Reason.TTFT)
+        assert choice.otherwise.route == LEASE
+
+    def test_whichever_there_is(self):
+        assert routing.with_spill(self.RULE, None, ROUTE, Reason.NOT_READY).otherwise is None
+        assert routing.with_spill(self.RULE, LEASE, None, Reason.QUEUE).route == LEASE
+        assert routing.with_spill(self.RULE, None, None, Reason.NOT_READY) is None
 
 
 class TestThreshold:
