@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import random
 import re
 import secrets
 import socket
@@ -39,6 +40,8 @@ WORKER_RECORD = "worker.json"
 NODE_VARIABLE = "MARKET_NODE"
 RECORD_VARIABLE = "MARKET_NODE_RECORD"
 
+# Below those that kernels give to connections: none is taken between its choice and its use.
+PORTS, PORTS_TRIED = range(20_000, 32_000), 200
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 30
 LEFTOVER_TIMEOUT_S = 5
@@ -368,10 +371,12 @@ def node_ip(address: str) -> str:
 
 
 def free_port() -> int:
-    """A TCP port nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port nobody listens on, nor will unasked. Raises MarketFault if none is left."""
+    for port in random.sample(PORTS, PORTS_TRIED):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise MarketFault(f"no free port from {PORTS[0]} to {PORTS[-1]}; end what listens there")
 
 
 def load_process(kind: type[Known], path: Path) -> Known | None:
