@@ -147,6 +147,7 @@ class ModelStore:
                 files = source.files(TOKENIZER)
                 source.download(files, folder)
                 _write(folder, {"source": model.source, "files": _facts(files, folder)})
+                _forget_client(folder)
         return folder
 
     def pin(self, name: str, pinned: bool) -> None:
@@ -186,8 +187,8 @@ class ModelStore:
         self._make_room(model.name, total - _partial(partial)[0], evict)
         source.download(files, partial)
         manifest = {"source": model.source, "pinned": False, "files": _facts(files, partial)}
-        shutil.rmtree(partial / ".cache", ignore_errors=True)  # the hub client's own
         _write(partial, manifest)
+        _forget_client(partial)
         partial.rename(folder)
 
     def _make_room(self, name: str, need_bytes: int, evict: bool) -> None:
@@ -356,6 +357,11 @@ def _check_safetensors(path: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _forget_client(folder: Path) -> None:
+    """Remove what the hub's client keeps to go on with a download."""
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
 
 
 def _partial(folder: Path) -> tuple[int, int]:

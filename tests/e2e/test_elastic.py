@@ -8,10 +8,12 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import running_market, wait_until
+from tests.hub import hub
 
 pytestmark = pytest.mark.timeout(400)
 
 MODEL = "tiny-qwen"
+HUBS, HUBS_NAME = "smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct"
 REPLICA = "ServeReplica:model-tiny-qwen"
 ASKED = {
     "model": MODEL,
@@ -22,7 +24,16 @@ ASKED = {
 
 @pytest.fixture(scope="module")
 def market(tmp_path_factory, tiny_model):
-    with running_market(tmp_path_factory.mktemp("elastic"), tiny_model) as market:
+    with (
+        hub(HUBS_NAME, tiny_model) as source,
+        running_market(
+            tmp_path_factory.mktemp("elastic"),
+            tiny_model,
+            HF_ENDPOINT=source.address,
+            HF_HUB_OFFLINE="0",
+            HF_HOME=str(tmp_path_factory.mktemp("hf")),
+        ) as market,
+    ):
         yield market
 
 
@@ -110,6 +121,25 @@ def test_bounds_are_shown_and_changed_by_deploying_again(cold):
     again = cold.cli("deploy", MODEL, "--replicas", "1")
     assert again["state"] == "ready"
     assert "1/1" in cold.cli_plain("deployments")
+
+
+def test_model_of_the_hub_is_pulled_served_and_removed(market):
+    """The hub's own client, over a hub of ours; the files are the tiny model's."""
+    (row,) = market.cli("models", "pull", HUBS)
+    assert (row["node_id"], row["state"], row["message"]) == ("local", "ready", "")
+    market.cli("deploy", HUBS, "--engine", "transformers")
+    answer = market.tenant().client().chat.completions.create(**ASKED | {"model": HUBS})
+    assert answer.usage.completion_tokens == 5
+    refused = market.run("models", "rm", HUBS)
+    assert (refused.returncode, "in use" in refused.stderr) == (1, True)
+    market.cli("undeploy", HUBS)
+    wait_until(lambda: not in_use(market, HUBS), "the end of its use")
+    assert market.cli("models", "rm", HUBS)["freed_bytes"] == {"local": row["bytes"]}
+    assert not (market.home / "models" / HUBS).exists()
+
+
+def in_use(market, model):
+    return any(row["in_use"] for row in market.get("/stored-models") if row["model"] == model)
 
 
 def operator_key(market):
