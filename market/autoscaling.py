@@ -27,6 +27,10 @@ KEEP_ALIVE_MIN_S = 30.0
 KEEP_ALIVE_MAX_S = 3600.0
 # Where an idle replica costs nobody anything.
 KEEP_ALIVE_FREE_S = 300.0
+# What the host's memory for a replica that sleeps is worth, of what its GPUs are; and how long one
+# sleeps at most.
+ASLEEP_PRICE = 0.05
+ASLEEP_MAX_S = 86_400.0
 # What the market takes an hour of a user's waiting to be worth, in the currency (pico units).
 WAITING_HOUR_PICO = 10 * 10**12
 
@@ -62,10 +66,14 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Of one replica: what an hour of its GPUs is offered for, and how long it takes to start."""
+    """Of one replica: what an hour of its GPUs is offered for, and how long it takes to start.
+
+    ``wake_s``: to wake it, if it sleeps when it goes.
+    """
 
     hour_pico: int
     start_s: float
+    wake_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +182,21 @@ def keep_alive_s(bounds: Bounds, costs: Costs) -> float:
         return bounds.keep_alive_s
     if costs.hour_pico == 0:
         return KEEP_ALIVE_FREE_S
-    even_s = costs.start_s * (1 + WAITING_HOUR_PICO / costs.hour_pico)
+    back_s = costs.start_s if costs.wake_s is None else costs.wake_s
+    even_s = back_s * (1 + WAITING_HOUR_PICO / costs.hour_pico)
     return min(max(even_s, KEEP_ALIVE_MIN_S), KEEP_ALIVE_MAX_S)
+
+
+def keep_asleep_s(costs: Costs) -> float:
+    """For how long a replica sleeps before it is given up: break-even at the price of the host's
+    memory, of what a start costs more than waking.
+    """
+    hour_pico = costs.hour_pico * ASLEEP_PRICE
+    saved_s = max(0.0, costs.start_s - (costs.wake_s or 0.0))
+    if hour_pico == 0:
+        return ASLEEP_MAX_S
+    even_s = saved_s * (costs.hour_pico + WAITING_HOUR_PICO) / hour_pico
+    return min(max(even_s, KEEP_ALIVE_MIN_S), ASLEEP_MAX_S)
 
 
 @dataclass(frozen=True, slots=True)

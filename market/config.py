@@ -18,6 +18,9 @@ GATEWAYS_MAX = 64
 # Answers that one replica generates at once.
 DEFAULT_SEQUENCES = 128
 SEQUENCES_MAX = 4096
+# Processes per node and engine that wait for a model, where pools may start one.
+DEFAULT_SPARES = 1
+SPARES_MAX = 16
 
 
 class UsageSync(StrEnum):
@@ -45,6 +48,7 @@ class Config:
     sequences: int = DEFAULT_SEQUENCES
     node: str = "local"
     scorer: str = ""
+    spares: int = DEFAULT_SPARES
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> "Config":
@@ -79,6 +83,7 @@ class Config:
             gateways,
             sequences,
             scorer=environ.get("MARKET_SCORER") or "",
+            spares=_count(environ, "MARKET_SPARES", DEFAULT_SPARES, SPARES_MAX, least=0),
         )
 
     @property
@@ -161,8 +166,10 @@ class Config:
         return self.database_url or f"sqlite:///{self.state_dir / 'scheduler.db'}"
 
 
-def _count(environ: Mapping[str, str], name: str, default: int, most: int) -> int:
+def _count(
+    environ: Mapping[str, str], name: str, default: int, most: int, *, least: int = 1
+) -> int:
     text = environ.get(name) or str(default)
-    if not text.isdigit() or not 1 <= int(text) <= most:
-        raise InvalidRequest(f"{name}={text!r}: 1 to {most}")
+    if not text.isdigit() or not least <= int(text) <= most:
+        raise InvalidRequest(f"{name}={text!r}: {least} to {most}")
     return int(text)

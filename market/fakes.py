@@ -3,7 +3,7 @@
 import asyncio
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
 from market import accounts as rules
@@ -28,12 +28,15 @@ from market.types import (
     RateCard,
     RecordKind,
     Replica,
+    ReplicaState,
     Route,
     SliceAsk,
+    Spare,
     StoredModel,
     StoredState,
     TokenCounts,
     UsageRecord,
+    app_name,
 )
 
 
@@ -332,6 +335,7 @@ class FakeCluster:
         self.broken: set[str] = set()
         self.started: list[str] = []
         self.disks: dict[str, dict[str, StoredModel]] = defaultdict(dict)
+        self.sleepers: set[str] = set()
         self._runs = 0
 
     def check(self, model: Model, engine: str) -> None:
@@ -351,12 +355,27 @@ class FakeCluster:
         """Begin to run it."""
         if deployment.model in self.broken:
             raise RuntimeError("cannot start this one")
-        self.apps.setdefault(replica.app_name, AppStatus(None, False, ""))
+        asleep = replica.state is ReplicaState.FALLING_ASLEEP
+        known = self.apps.get(replica.app_name, AppStatus(None, False, ""))
+        self.apps[replica.app_name] = replace(known, replica_id=replica.replica_id, asleep=asleep)
         self.homes[replica.app_name] = offer.node_id
-        self.processes[offer.node_id].add(replica.replica_id)
+        self.processes[offer.node_id].add(replica.process_id)
         self.started.append(replica.replica_id)
         if self.instant:
             self.ready(replica.app_name)
+
+    def start_spare(self, spare: Spare, offer: Offer) -> None:
+        """Begin to run a process without a model."""
+        name = app_name(spare.process)
+        self.apps.setdefault(name, AppStatus(None, False, ""))
+        self.homes[name] = offer.node_id
+        self.processes[offer.node_id].add(spare.process)
+        if self.instant:
+            self.ready(name)
+
+    def can_sleep(self, engine: str, offer: Offer) -> bool:
+        """As the test says."""
+        return engine in self.sleepers
 
     def models(self, offer: Offer) -> tuple[StoredModel, ...]:
         """What was pulled."""
@@ -377,17 +396,16 @@ class FakeCluster:
             raise NotFound(f"{name} is not on this disk")
         return known.bytes
 
-    def ready(self, app_name: str | None = None) -> None:
+    def ready(self, only: str | None = None) -> None:
         """A new process of this application (or of all) serves."""
-        for name in list(self.apps) if app_name is None else [app_name]:
+        for name in list(self.apps) if only is None else [only]:
             self._runs += 1
-            self.apps[name] = AppStatus(f"run-{self._runs}", False, "")
+            self.apps[name] = replace(self.apps[name], run=f"run-{self._runs}", failed=False)
 
     def remove(self, app_name: str) -> None:
         """Gone at once, with its processes."""
         if self.apps.pop(app_name, None) is not None:
-            replica_id = app_name.removeprefix("model-")
-            self.processes[self.homes.pop(app_name)].discard(replica_id)
+            self.processes[self.homes.pop(app_name)].discard(app_name.removeprefix("model-"))
 
     def residents(self, node_id: str) -> frozenset[str]:
         """Replicas with processes there."""

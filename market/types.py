@@ -651,12 +651,15 @@ class ReplicaState(StrEnum):
     """Life of a replica. Its GPUs are taken until it is gone: freed means seen free.
 
     A ``draining`` one gets no more requests, ends the answers that it has, and may be taken back.
+    One that is ``asleep`` has its process and, in the host's memory, its weights, but no GPU.
     """
 
     WAITING = "waiting"
     STARTING = "starting"
     READY = "ready"
     DRAINING = "draining"
+    FALLING_ASLEEP = "falling_asleep"
+    ASLEEP = "asleep"
     FAILED = "failed"
     STOPPING = "stopping"
     FREEING = "freeing"
@@ -664,7 +667,10 @@ class ReplicaState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """One engine at one place: a Serve application of its own. ``reason`` explains the state."""
+    """One engine at one place: a Serve application of its own. ``reason`` explains the state.
+
+    ``process`` is the spare process that it was given; it has its own otherwise.
+    """
 
     replica_id: str
     deployment_id: str
@@ -672,11 +678,32 @@ class Replica:
     state: ReplicaState
     reason: str
     created_at: datetime
+    process: str = ""
+
+    @property
+    def process_id(self) -> str:
+        """What its processes carry in their environment."""
+        return self.process or self.replica_id
 
     @property
     def app_name(self) -> str:
         """Name of the Ray Serve application that runs it."""
-        return f"model-{self.replica_id}"
+        return app_name(self.process_id)
+
+
+def app_name(process_id: str) -> str:
+    """Name of the Ray Serve application of a process that runs models."""
+    return f"model-{process_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class Spare:
+    """A process of an engine that waits for a model, with all imports behind it."""
+
+    process: str
+    offer_id: str
+    node_id: str
+    engine: str
 
 
 class DeploymentState(StrEnum):
@@ -685,6 +712,7 @@ class DeploymentState(StrEnum):
     WAITING = "waiting"
     STARTING = "starting"
     READY = "ready"
+    ASLEEP = "asleep"
     COLD = "cold"
     FAILED = "failed"
     STOPPING = "stopping"
@@ -726,11 +754,24 @@ class Deployment:
     made: int = 0
 
 
+class StartFrom(StrEnum):
+    """What there was of a replica before it started.
+
+    Nothing; its weights in the host's memory (the page cache); a process with the imports behind
+    it; a whole engine that slept.
+    """
+
+    COLD = "cold"
+    HOST = "host"
+    SPARE = "spare"
+    ASLEEP = "asleep"
+
+
 @dataclass(frozen=True, slots=True)
 class StartCost:
     """How long starts of a model with an engine on a type of GPU took: a moving mean.
 
-    ``start_id`` is "model/engine/type".
+    ``start_id`` is "model/engine/type/from".
     """
 
     start_id: str
@@ -771,12 +812,15 @@ class StoredModel:
 class AppStatus:
     """What Serve says of an application.
 
-    ``run`` identifies the process that serves; None if none does. Serve may replace it.
+    ``run`` identifies the process that serves; None if none does. Serve may replace it. It has the
+    settings of ``replica_id``, which are in force; "" for a spare.
     """
 
     run: str | None
     failed: bool
     message: str
+    replica_id: str = ""
+    asleep: bool = False
 
 
 @dataclass(frozen=True, slots=True)

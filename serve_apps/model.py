@@ -1,4 +1,9 @@
-"""A model replica: one engine inside one Ray Serve replica."""
+"""A model replica: one engine inside one Ray Serve replica.
+
+Its settings are Serve's ``user_config``: what changes them in place (a spare process that is given
+its model, a replica that falls asleep or wakes) needs no new process, and a process that Serve
+starts in the place of a dead one has them at once.
+"""
 
 import asyncio
 import contextlib
@@ -12,6 +17,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import ray
@@ -22,7 +28,7 @@ from market.cluster.agent import REPLICA_VARIABLE
 from market.cluster.models import fetch
 from market.cluster.node import NODE_LABEL, NODE_VARIABLE, slot_resource
 from market.credit import Credit, within
-from market.errors import MarketError, Overloaded
+from market.errors import MarketError, MarketFault, Overloaded
 from market.fairness import spare
 from market.types import (
     Deployment,
@@ -31,9 +37,16 @@ from market.types import (
     Offer,
     Place,
     Replica,
+    ReplicaState,
     Sampling,
 )
-from serve_apps.engines.base import EngineSettings, start_engine
+from serve_apps.engines.base import (
+    EngineSettings,
+    LoadedEngine,
+    SleepingEngine,
+    start_engine,
+    warm_engine,
+)
 from serve_apps.link import LinkServer
 
 logger = logging.getLogger(__name__)
@@ -49,6 +62,7 @@ DRAIN_S = 60
 LEASE_DRAIN_S = 15
 # Of a replica's time to drain, what its engine needs to end its processes.
 CLOSE_S = 5
+STREAMS_POLL_S = 0.05
 # Of its share of a card an engine uses this much: contexts and fragments need the rest.
 GPU_MEMORY_USED = 0.95
 TELL_EVERY_S = 10.0
@@ -57,15 +71,19 @@ WARM_UP = (1, 2, 3, 4)  # tokens that every vocabulary has
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSettings:
-    """What a replica must know: the model's files on its node, its engine, its place."""
+    """What a replica must know: whose it is, the model's files on its node, its place.
 
+    One that is ``asleep`` has its weights in the host's memory and nothing on its GPUs.
+    """
+
+    replica_id: str
     model: str
-    engine: str
-    models_dir: Path
+    models_dir: str
     place: Place
     logical: bool
     sequences: int
     drain_s: float
+    asleep: bool = False
 
     @property
     def gpu_fraction(self) -> float:
@@ -74,12 +92,42 @@ class ReplicaSettings:
 
 
 class ModelReplica:
-    """Loads a model and streams answers; everything else happens in the gateway."""
+    """Loads a model and streams answers; everything else happens in the gateway.
 
-    async def __init__(self, settings: ReplicaSettings) -> None:  # type: ignore[misc]
-        # Serve awaits it: running means loaded.
+    Without settings it is a spare: a process with all that its engine imports behind it.
+    """
+
+    async def __init__(self, engine: str) -> None:  # type: ignore[misc]
+        self._engine_name = engine
+        self._engine: LoadedEngine | None = None
+        self._settings: ReplicaSettings | None = None
+        self._changing = asyncio.Lock()
+        self._awake = asyncio.Event()
+        self._served_tokens = 0
+        self._said_s = float("-inf")
+        self._replica = uuid.uuid4().hex[:12]  # of this process: its count starts at zero
+        self._host = ray.util.get_node_ip_address()
+        self._link = LinkServer(self.generate)
+        await self._link.start(self._host)
+        await asyncio.to_thread(warm_engine, engine)
+
+    async def reconfigure(self, settings: dict[str, Any]) -> None:
+        """Load the model, or fall asleep, or wake. Serve awaits it: running means done."""
+        wanted = msgspec.convert(settings, ReplicaSettings)
+        async with self._changing:
+            self._settings = wanted
+            if self._engine is None:
+                if not wanted.asleep:  # one that died asleep must not come back on a GPU
+                    self._engine = await self._load(wanted)
+                    self._awake.set()
+                    self._warming = asyncio.create_task(self._warm_up(self._engine))
+            elif wanted.asleep == self._awake.is_set():
+                await self._sleep_or_wake(self._engine, wanted.asleep)
+
+    async def _load(self, settings: ReplicaSettings) -> LoadedEngine:
         entry = find(settings.model)
-        folder = await asyncio.to_thread(fetch, entry, settings.models_dir, weights=True)
+        models_dir = Path(settings.models_dir)
+        folder = await asyncio.to_thread(fetch, entry, models_dir, weights=True)
         engine = EngineSettings(
             folder,
             entry.served_context_tokens,
@@ -90,25 +138,33 @@ class ModelReplica:
             reasoning_parser=entry.reasoning_parser,
             embeds=entry.embeds,
         )
+        # A spare process did not know its GPUs when it started.
+        os.environ.update(visible_gpus(settings.place, settings.logical))
         async with quiet_gpus(settings.place):
-            self._engine = await start_engine(settings.engine, engine)
-        self._streams_max = ROOM * settings.sequences
-        self._drain_s = settings.drain_s
-        self._served_tokens = 0
-        self._said_s = float("-inf")
-        self._replica = uuid.uuid4().hex[:12]  # of this process: its count starts at zero
-        self._host = ray.util.get_node_ip_address()
-        self._link = LinkServer(self.generate)
-        await self._link.start(self._host)
-        self._warming = asyncio.create_task(self._warm_up(entry.embeds))
+            return await start_engine(self._engine_name, engine)
 
-    async def _warm_up(self, embeds: bool) -> None:
+    async def _sleep_or_wake(self, engine: LoadedEngine, asleep: bool) -> None:
+        if not isinstance(engine, SleepingEngine):
+            raise MarketFault(f"the engine {self._engine_name} cannot sleep")
+        if not asleep:
+            await engine.wake()
+            self._awake.set()
+            return
+        self._awake.clear()
+        await self._warming
+        while self._link.streams:  # gateways send nothing more; what they have sent is answered
+            await asyncio.sleep(STREAMS_POLL_S)
+        await engine.sleep()
+
+    async def _warm_up(self, engine: LoadedEngine) -> None:
         """Engines load the last of what they need with their first answer: while gateways look for
         us there is time for that.
         """
+        assert self._settings is not None
+        embeds = find(self._settings.model).embeds
         request = EngineRequest("warm-up", WARM_UP, Sampling(1), "warm-up", embeds=embeds)
         try:
-            async with aclosing(self._engine.generate(request)) as chunks:
+            async with aclosing(engine.generate(request)) as chunks:
                 async for _ in chunks:
                     pass
         except MarketError as error:
@@ -122,7 +178,11 @@ class ModelReplica:
         self, request: EngineRequest, credit: Credit
     ) -> AsyncGenerator[EngineChunk, None]:
         """Stream an answer as far as it is paid for."""
-        if self._link.streams > self._streams_max:
+        await self._awake.wait()
+        engine, settings = self._engine, self._settings
+        assert engine is not None
+        assert settings is not None
+        if self._link.streams > ROOM * settings.sequences:
             raise Overloaded("the replica's queue is full", retry_after_s=1)
         delivered = 0
         first = True
@@ -131,7 +191,7 @@ class ModelReplica:
             # unless all that it may have is paid for.
             request = msgspec.structs.replace(request, stream=True)
         try:
-            chunks = within(self._engine.generate(request), credit)
+            chunks = within(engine.generate(request), credit)
             async with aclosing(chunks):
                 async for chunk in chunks:
                     delivered += len(chunk.token_ids)
@@ -156,13 +216,15 @@ class ModelReplica:
 
     async def check_health(self) -> None:
         """Raises EngineFailed if the engine cannot serve; Serve then replaces this replica."""
-        await self._engine.check_health()
+        if self._engine is not None:
+            await self._engine.check_health()
 
     async def __del__(self) -> None:
         """Let answers end, then the engine's processes: Serve does not know of our streams."""
         link = getattr(self, "_link", None)
         if link is not None:
-            await link.stop(self._drain_s)
+            settings = self._settings
+            await link.stop(0 if settings is None else settings.drain_s)
         engine = getattr(self, "_engine", None)
         if engine is not None:
             await engine.close()
@@ -176,14 +238,49 @@ def build_app(
     models_dir: Path,
     sequences: int,
 ) -> serve.Application:
-    """The Serve application of one replica, on exactly its node and GPUs."""
+    """The Serve application of one replica, on exactly its node and GPUs, as its state says."""
     place = replica.place
     drain_s = DRAIN_S if deployment.lease_id is None else LEASE_DRAIN_S
-    logical = offer.logical or not place.gpu_indices
     settings = ReplicaSettings(
-        model.name, deployment.engine, models_dir, place, logical, sequences, drain_s - CLOSE_S
+        replica.replica_id,
+        model.name,
+        str(models_dir),
+        place,
+        offer.logical or not place.gpu_indices,
+        sequences,
+        drain_s - CLOSE_S,
+        asleep=replica.state is ReplicaState.FALLING_ASLEEP,
     )
+    if replica.process:
+        return _application(replica.process, deployment.engine, offer, {}, 0, drain_s, settings)
     slots = {slot_resource(place.node_id, i): place.gpu_milli / 1000 for i in place.gpu_indices}
+    cpus = 0 if slots else REPLICA_CPUS
+    name = replica.replica_id
+    return _application(name, deployment.engine, offer, slots, cpus, drain_s, settings)
+
+
+def build_spare(name: str, engine: str, offer: Offer) -> serve.Application:
+    """A process that waits for a model. What it runs on is booked by the scheduler alone: Ray
+    cannot give an actor more after its start.
+    """
+    return _application(name, engine, offer, {}, 0, DRAIN_S, None)
+
+
+def _application(
+    process: str,
+    engine: str,
+    offer: Offer,
+    slots: dict[str, float],
+    cpus: float,
+    drain_s: float,
+    settings: ReplicaSettings | None,
+) -> serve.Application:
+    variables = {REPLICA_VARIABLE: process, NODE_VARIABLE: offer.node_id}
+    if not offer.logical:
+        # The slot is the authority: Ray must not blank or change what we say.
+        variables["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"
+        if settings is not None and slots:
+            variables |= visible_gpus(settings.place, settings.logical)
     served = serve.deployment(
         name="replica",
         num_replicas=1,
@@ -192,26 +289,26 @@ def build_app(
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=drain_s,
+        user_config=None if settings is None else msgspec.to_builtins(settings),
         ray_actor_options={
-            "num_cpus": 0 if slots else REPLICA_CPUS,
+            "num_cpus": cpus,
             "num_gpus": 0,
             "resources": slots,
-            "label_selector": {NODE_LABEL: place.node_id},
-            "runtime_env": {"env_vars": replica_environment(replica, offer)},
+            "label_selector": {NODE_LABEL: offer.node_id},
+            "runtime_env": {"env_vars": variables},
         },
     )(ModelReplica)
-    return served.bind(settings)
+    # Serve has no public name for it any more, and takes every new application for new code, which
+    # would cost the process: the same version says that only the settings differ.
+    served._version = process
+    return served.bind(engine)
 
 
-def replica_environment(replica: Replica, offer: Offer) -> dict[str, str]:
-    """What marks a replica's process tree, and which GPUs it sees. Nothing secret."""
-    place = replica.place
-    variables = {REPLICA_VARIABLE: replica.replica_id, NODE_VARIABLE: place.node_id}
-    if place.gpu_indices and not offer.logical:
-        # The slot is the authority: Ray must not blank or change what we say here.
-        variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, place.gpu_indices))
-        variables["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"
-    return variables
+def visible_gpus(place: Place, logical: bool) -> dict[str, str]:
+    """What limits a process to its GPUs; nothing on CPUs."""
+    if logical:
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, place.gpu_indices))}
 
 
 @contextlib.asynccontextmanager

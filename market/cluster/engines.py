@@ -10,6 +10,8 @@ ENGINES = {
     "vllm": "serve_apps.engines.vllm:start",
 }
 GROUP = "market.engines"
+# An entry point with this extra is of an engine that can sleep, as vLLM can.
+SLEEPS = "sleeps"
 
 
 def engine_paths() -> dict[str, str]:
@@ -18,6 +20,13 @@ def engine_paths() -> dict[str, str]:
     A package adds an engine by an entry point of the group ``market.engines``.
     """
     return {entry.name: entry.value for entry in entry_points(group=GROUP)} | ENGINES
+
+
+def sleeps(name: str, *, logical: bool) -> bool:
+    """Whether an engine can leave its GPUs without ending (base.SleepingEngine)."""
+    if name in ENGINES:
+        return name == "vllm" and not logical
+    return any(SLEEPS in entry.extras for entry in entry_points(group=GROUP, name=name))
 
 
 def require_engine(name: str, embeds: bool) -> None:

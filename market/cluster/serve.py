@@ -12,18 +12,30 @@ import ray
 
 from market.catalog import Model, find
 from market.cluster.agent import AgentClient, memory_is_free
-from market.cluster.engines import require_engine
+from market.cluster.engines import require_engine, sleeps
 from market.cluster.models import model_path
 from market.cluster.node import NODE_LABEL
 from market.config import Config
-from market.types import AppStatus, ClusterView, Deployment, Offer, Replica, StoredModel
+from market.types import (
+    AppStatus,
+    ClusterView,
+    Deployment,
+    Offer,
+    Replica,
+    Spare,
+    StoredModel,
+    app_name,
+)
 
 if TYPE_CHECKING:
     from ray import serve
 
 MODEL_APP = "serve_apps.model:build_app"
+SPARE_APP = "serve_apps.model:build_spare"
 END_PATIENCE_S = 10.0
 RUNNING, DEPLOY_FAILED = "RUNNING", "DEPLOY_FAILED"
+# While settings are being changed, what is seen is half of before and half of after.
+CHANGING = "DEPLOYING", "UPDATING"
 
 
 class ServeCluster:
@@ -53,7 +65,7 @@ class ServeCluster:
         )
 
     def start(self, replica: Replica, deployment: Deployment, offer: Offer) -> None:
-        """Begin to run a replica's application."""
+        """Begin to run a replica's application, or to change it in place."""
         models_dir = Path(self._models_dir(offer))
         app = import_builder(MODEL_APP)(
             replica,
@@ -64,6 +76,15 @@ class ServeCluster:
             self._config.sequences,
         )
         run_application(app, replica.app_name, route_prefix=None)
+
+    def start_spare(self, spare: Spare, offer: Offer) -> None:
+        """Begin to run a process that waits for a model."""
+        app = import_builder(SPARE_APP)(spare.process, spare.engine, offer)
+        run_application(app, app_name(spare.process), route_prefix=None)
+
+    def can_sleep(self, engine: str, offer: Offer) -> bool:
+        """Whether an engine can leave the node's GPUs without ending."""
+        return sleeps(engine, logical=offer.logical)
 
     def remove(self, app_name: str) -> None:
         """Begin to drain and remove an application."""
@@ -123,18 +144,23 @@ def run_application(app: "serve.Application", name: str, route_prefix: str | Non
 
 
 def _status(app: Mapping[str, Any]) -> AppStatus:
-    replicas = [
-        replica for deployment in app["deployments"].values() for replica in deployment["replicas"]
-    ]
+    deployments = list(app["deployments"].values())
+    replicas = [replica for deployment in deployments for replica in deployment["replicas"]]
     runs = sorted(
         f"{replica['replica_id']}:{replica['pid']}"
         for replica in replicas
         if replica["state"] == RUNNING
     )
+    changing = any(state["status"] in CHANGING for state in (app, *deployments))
+    settings: dict[str, Any] = {}
+    for deployment in deployments:
+        settings |= deployment["deployment_config"]["user_config"] or {}
     return AppStatus(
-        run=runs[0] if runs else None,
+        run=runs[0] if runs and not changing else None,
         failed=app["status"] == DEPLOY_FAILED,
         message=_reason(app),
+        replica_id=settings.get("replica_id", ""),
+        asleep=settings.get("asleep", False),
     )
 
 

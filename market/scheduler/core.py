@@ -29,6 +29,7 @@ from market.types import (
     RateCard,
     Replica,
     ReplicaState,
+    Spare,
     StoredModel,
     UsageRecord,
 )
@@ -48,7 +49,18 @@ class Cluster(Protocol):
         ...
 
     def start(self, replica: Replica, deployment: Deployment, offer: Offer) -> None:
-        """Begin to run a replica's application; returns before it is ready."""
+        """Begin to run a replica's application, or change it to what the replica's state says.
+
+        Returns before it is ready.
+        """
+        ...
+
+    def start_spare(self, spare: Spare, offer: Offer) -> None:
+        """Begin to run a process that waits for a model."""
+        ...
+
+    def can_sleep(self, engine: str, offer: Offer) -> bool:
+        """Whether an engine can leave the node's GPUs without ending."""
         ...
 
     def remove(self, app_name: str) -> None:
@@ -159,8 +171,11 @@ class Core:
         self.store = store
         self.leasing = Leasing(ledger, Shelf(store))
         self.calendar = Calendar()
-        # Models on nodes' disks as they were seen last.
+        # Models on nodes' disks, and those of them in the page cache, as they were seen last.
         self.on_disk: dict[str, frozenset[str]] = {}
+        self.in_memory: dict[str, frozenset[str]] = {}
+        # Processes that wait for a model, by name. After a restart there are none: others are made.
+        self.spares: dict[str, Spare] = {}
         self.lock = asyncio.Lock()
 
     @property
@@ -206,7 +221,7 @@ class Core:
         # What was is settled: only from now on must everything fit together.
         now = self.clock.now()
         self.calendar.expire(micros(now))
-        pools = [r for r in self.state.replicas.values() if self._is_pool(r)]
+        pools = [r for r in self.state.replicas.values() if self._is_pool(r) and has_gpus(r)]
         leases = [lease for lease in self.open_leases() if lease.end > now]
         for replica in sorted(pools, key=lambda r: r.replica_id):
             self._restore(partial(self.book_replica, replica), replica.replica_id)
@@ -235,7 +250,7 @@ class Core:
         if place.gpu_indices:
             offer = self.state.offers[place.offer_id]
             places = matching.positions(offer, place.gpu_indices)
-            start = micros(replica.created_at)
+            start = micros(self.clock.now())
             self.calendar.book(
                 replica.replica_id, place.node_id, places, place.gpu_milli, start, None
             )
@@ -256,3 +271,8 @@ class Core:
             # It keeps what it has: the reconciler starts nothing beside it. New orders are
             # refused by what the calendar does know.
             logger.error("ALARM %s is not in the calendar: %r", name, error)
+
+
+def has_gpus(replica: Replica) -> bool:
+    """Whether its place is taken: one that is asleep has left it."""
+    return replica.state is not ReplicaState.ASLEEP

@@ -1,4 +1,8 @@
-"""Pools grow, shrink, sleep and wake: autoscaling.py decides, this applies it, a step a round."""
+"""Pools grow, shrink, sleep and wake: autoscaling.py decides, this applies it, a step a round.
+
+What goes falls asleep, if its engine can (vLLM on GPUs): the process and, in the host's memory, its
+weights are kept, its GPU is free. It is given up for good when that has cost what a start does.
+"""
 
 import logging
 from collections.abc import Iterable
@@ -6,25 +10,39 @@ from dataclasses import replace
 
 from market import autoscaling, catalog, matching
 from market.autoscaling import Busy, Costs, Decision, Idler, Memory, Snapshot
+from market.calendar import Oversubscribed
 from market.catalog import Model
 from market.matching import Misfit, micros
 from market.scheduler.core import Core
 from market.scheduler.pools import Pools
 from market.scheduler.shares import Shares
-from market.types import Deployment, Mode, Replica, ReplicaState, StartCost
+from market.types import Deployment, Mode, Replica, ReplicaState, StartCost, StartFrom
 
 logger = logging.getLogger(__name__)
 
-# Until a start was measured: imports and set-up, then the weights at the speed of a disk.
-ENGINE_START_S = {"vllm": 45.0, "transformers": 15.0}
-WEIGHTS_BYTES_PER_S = 1e9
+MIB = 1024 * 1024
+
+# Until a start was measured: imports, set-up, then the weights at the speed of what they are read
+# from: a disk, or the host's memory.
+IMPORTS_S = {"vllm": 25.0, "transformers": 8.0}
+SET_UP_S = {"vllm": 20.0, "transformers": 7.0}
+WAKE_S = 1.0
+DISK_BYTES_PER_S = 1e9
+MEMORY_BYTES_PER_S = 10e9
+# Of a node's memory, what replicas that sleep may have in all.
+ASLEEP_MEMORY = 0.5
 # A replica that has just started for somebody is about to be asked, though no report says so yet.
 EVICT_AFTER_S = 3.0
 # Weight of the newest measurement.
 NEWEST = 0.3
 
 SERVING = (ReplicaState.READY, ReplicaState.STARTING, ReplicaState.WAITING, ReplicaState.FAILED)
-LEAVING = (ReplicaState.DRAINING, ReplicaState.STOPPING, ReplicaState.FREEING)
+LEAVING = (
+    ReplicaState.DRAINING,
+    ReplicaState.FALLING_ASLEEP,
+    ReplicaState.STOPPING,
+    ReplicaState.FREEING,
+)
 
 
 class Elastic:
@@ -36,13 +54,16 @@ class Elastic:
         self._shares = shares
         self._memories: dict[str, Memory] = {}
         self._draining_since_s: dict[str, float] = {}
-        self._starting_since_s: dict[str, float] = {}
+        self._asleep_since_s: dict[str, float] = {}
+        self._starting: dict[str, tuple[float, StartFrom]] = {}
+        self._waking: set[str] = set()
 
     async def round(self) -> None:
         """Bring every pool a step closer to what it needs."""
         async with self._core.lock:
             await self._measure_starts()
             await self._end_drained()
+            await self._end_sleepers()
             pools = [d for d in self._core.state.deployments.values() if d.mode is Mode.TOKENS]
             for gone in self._memories.keys() - {d.deployment_id for d in pools}:
                 del self._memories[gone]
@@ -82,18 +103,19 @@ class Elastic:
         return memory.decide(pool, now_s)
 
     async def _grow(self, deployment: Deployment, count: int) -> None:
-        """Take back what drains, then start anew, or make room."""
-        draining = [
-            r
-            for r in self._core.replicas_of(deployment.deployment_id)
-            if r.state is ReplicaState.DRAINING
-        ]
+        """Take back what drains, then wake what sleeps, then start anew, or make room."""
+        replicas = self._core.replicas_of(deployment.deployment_id)
+        draining = [r for r in replicas if r.state is ReplicaState.DRAINING]
         back = [replace(r, state=ReplicaState.READY, reason="serving") for r in draining[:count]]
         for replica in back:
             self._draining_since_s.pop(replica.replica_id, None)
+        asleep = [r for r in replicas if r.state is ReplicaState.ASLEEP]
+        back += self._woken(asleep, count - len(back))
         if back:
             await self._core.store.save(back)
-        for _ in range(count - len(back)):
+        # Who falls asleep is woken as soon as it sleeps.
+        falling = sum(replica.state is ReplicaState.FALLING_ASLEEP for replica in replicas)
+        for _ in range(count - len(back) - falling):
             misfit = await self._pools.add_replica(deployment.deployment_id)
             if misfit is not None:
                 await self._make_room(deployment, misfit)
@@ -111,6 +133,21 @@ class Elastic:
         ]
         await self._drain(autoscaling.to_drain(busy, count), decision.reason)
 
+    def _woken(self, asleep: list[Replica], count: int) -> list[Replica]:
+        """So many of these, as far as their GPUs have room, on them again."""
+        woken: list[Replica] = []
+        for replica in asleep:
+            if len(woken) == count:
+                break
+            back = replace(replica, state=ReplicaState.STARTING, reason="waking up")
+            try:
+                self._core.book_replica(back)
+            except Oversubscribed:
+                continue
+            self._waking.add(replica.replica_id)
+            woken.append(back)
+        return woken
+
     async def _drain(self, names: Iterable[str], reason: str) -> None:
         state, now_s = self._core.state, self._core.clock.monotonic()
         changed = []
@@ -124,17 +161,53 @@ class Elastic:
         await self._core.store.save(changed)
 
     async def _end_drained(self) -> None:
-        """Stop what drains as soon as nobody uses it: a stream keeps its replica."""
+        """Stop what drains, or put it to sleep, as soon as nobody uses it: a stream keeps it."""
         now_s = self._core.clock.monotonic()
-        draining = [
-            r for r in self._core.state.replicas.values() if r.state is ReplicaState.DRAINING
-        ]
-        names = {replica.replica_id for replica in draining}
-        self._draining_since_s = {n: s for n, s in self._draining_since_s.items() if n in names}
+        draining = self._in_state(ReplicaState.DRAINING)
+        self._draining_since_s = _kept(self._draining_since_s, draining, now_s)
         for replica in draining:
-            since_s = self._draining_since_s.setdefault(replica.replica_id, now_s)
+            since_s = self._draining_since_s[replica.replica_id]
             if self._shares.heard and self._shares.is_quiet(replica.app_name, since_s):
-                await self._core.store.save([replace(replica, state=ReplicaState.STOPPING)])
+                sleeps = self._may_sleep(replica)
+                to = ReplicaState.FALLING_ASLEEP if sleeps else ReplicaState.STOPPING
+                await self._core.store.save([replace(replica, state=to)])
+
+    # -- sleep ---------------------------------------------------------------------------------
+
+    def _may_sleep(self, replica: Replica) -> bool:
+        """Whether a replica's engine can, and its node has the memory."""
+        core = self._core
+        deployment = core.state.deployments.get(replica.deployment_id)
+        offer = core.state.offers[replica.place.offer_id]
+        if deployment is None or deployment.stopping or not matching.takes_pools(
+            offer, core.clock.now()
+        ):  # fmt: skip
+            return False
+        if not replica.place.gpu_indices or not core.cluster.can_sleep(deployment.engine, offer):
+            return False
+        here = [replica]
+        for state in (ReplicaState.FALLING_ASLEEP, ReplicaState.ASLEEP):
+            here += [r for r in self._in_state(state) if r.place.offer_id == offer.offer_id]
+        models = [core.state.deployments[r.deployment_id].model for r in here]
+        needed = sum(catalog.find(model).weights_bytes for model in models)
+        return needed <= ASLEEP_MEMORY * offer.memory_mib * MIB
+
+    async def _end_sleepers(self) -> None:
+        """Give up what has slept for so long that keeping it has cost what starting it does."""
+        now_s = self._core.clock.monotonic()
+        asleep = self._in_state(ReplicaState.ASLEEP)
+        self._asleep_since_s = _kept(self._asleep_since_s, asleep, now_s)
+        for replica in asleep:
+            deployment = self._core.state.deployments[replica.deployment_id]
+            costs = self._costs(deployment, catalog.find(deployment.model), [replica])
+            slept_s = now_s - self._asleep_since_s[replica.replica_id]
+            if slept_s >= autoscaling.keep_asleep_s(costs):
+                reason = f"asleep for {slept_s:.0f} s"
+                gone = replace(replica, state=ReplicaState.STOPPING, reason=reason)
+                await self._core.store.save([gone])
+
+    def _in_state(self, state: ReplicaState) -> list[Replica]:
+        return [r for r in self._core.state.replicas.values() if r.state is state]
 
     # -- room ----------------------------------------------------------------------------------
 
@@ -214,35 +287,77 @@ class Elastic:
             for r in present
         ]
         gpu_types = {offers[r.place.offer_id].gpu_type for r in present}
-        known = [
-            cost.seconds
-            for cost in self._core.state.starts.values()
-            if cost.start_id.startswith(f"{model.name}/{deployment.engine}/")
-            and (not gpu_types or cost.start_id.rpartition("/")[2] in gpu_types)
-        ]
-        guess_s = ENGINE_START_S[deployment.engine] + model.weights_bytes / WEIGHTS_BYTES_PER_S
-        return Costs(max(hours, default=0), max(known, default=guess_s))
+
+        def cost_s(begun: StartFrom) -> float:
+            starts = self._core.state.starts.values()
+            prefix = f"{model.name}/{deployment.engine}/"
+            known = [
+                cost.seconds
+                for cost in starts
+                if cost.start_id.startswith(prefix)
+                and cost.start_id.endswith(f"/{begun}")
+                and (not gpu_types or cost.start_id.split("/")[2] in gpu_types)
+            ]
+            return max(known, default=guess_s(model, deployment.engine, begun))
+
+        physical = [offers[r.place.offer_id] for r in present if r.place.gpu_indices]
+        can = [self._core.cluster.can_sleep(deployment.engine, offer) for offer in physical]
+        return Costs(
+            max(hours, default=0),
+            cost_s(StartFrom.SPARE if self._core.config.spares else StartFrom.COLD),
+            cost_s(StartFrom.ASLEEP) if can and all(can) else None,
+        )
 
     async def _measure_starts(self) -> None:
-        """Keep how long starts take, as a moving mean, by model, engine and type of GPU."""
+        """Keep how long starts take, as a moving mean, by model, engine, type of GPU and state."""
         core, now_s = self._core, self._core.clock.monotonic()
-        starting = {
-            r.replica_id for r in core.state.replicas.values() if r.state is ReplicaState.STARTING
-        }
-        begun, self._starting_since_s = self._starting_since_s, {}
-        for name in starting:
-            self._starting_since_s[name] = begun.pop(name, now_s)
-        for name, since_s in begun.items():
-            replica = core.state.replicas.get(name)
-            if replica is None or replica.state is not ReplicaState.READY:
+        begun, self._starting = self._starting, {}
+        for replica in self._in_state(ReplicaState.STARTING):
+            fresh = now_s, self._begun_from(replica)
+            self._starting[replica.replica_id] = begun.pop(replica.replica_id, fresh)
+        for name, (since_s, start_from) in begun.items():
+            self._waking.discard(name)
+            started = core.state.replicas.get(name)
+            if started is None or started.state is not ReplicaState.READY:
                 continue
-            deployment = core.state.deployments.get(replica.deployment_id)
+            deployment = core.state.deployments.get(started.deployment_id)
             if deployment is None:
                 continue
-            gpu_type = core.state.offers[replica.place.offer_id].gpu_type
-            start_id = f"{deployment.model}/{deployment.engine}/{gpu_type}"
+            gpu_type = core.state.offers[started.place.offer_id].gpu_type
+            start_id = f"{deployment.model}/{deployment.engine}/{gpu_type}/{start_from}"
             known = core.state.starts.get(start_id)
             took_s = now_s - since_s
             mean_s = took_s if known is None else known.seconds + NEWEST * (took_s - known.seconds)
             count = 1 if known is None else known.count + 1
             await core.store.save([StartCost(start_id, mean_s, count, core.clock.now())])
+
+    def _begun_from(self, replica: Replica) -> StartFrom:
+        if replica.replica_id in self._waking:
+            return StartFrom.ASLEEP
+        if replica.process:
+            return StartFrom.SPARE
+        deployment = self._core.state.deployments.get(replica.deployment_id)
+        cached = self._core.in_memory.get(replica.place.node_id, frozenset())
+        in_memory = deployment is not None and deployment.model in cached
+        return StartFrom.HOST if in_memory else StartFrom.COLD
+
+
+def guess_s(model: Model, engine: str, start_from: StartFrom) -> float:
+    """How long a start may take that was never measured."""
+    weights = model.weights_bytes
+    imports_s = IMPORTS_S.get(engine, IMPORTS_S["vllm"])
+    set_up_s = SET_UP_S.get(engine, SET_UP_S["vllm"])
+    match start_from:
+        case StartFrom.ASLEEP:
+            return WAKE_S + weights / MEMORY_BYTES_PER_S
+        case StartFrom.SPARE:
+            return set_up_s + weights / DISK_BYTES_PER_S
+        case StartFrom.HOST:
+            return imports_s + set_up_s + weights / MEMORY_BYTES_PER_S
+        case StartFrom.COLD:
+            return imports_s + set_up_s + weights / DISK_BYTES_PER_S
+
+
+def _kept(since_s: dict[str, float], replicas: list[Replica], now_s: float) -> dict[str, float]:
+    """Since when each of these is in its state; now, if that is news."""
+    return {r.replica_id: since_s.get(r.replica_id, now_s) for r in replicas}

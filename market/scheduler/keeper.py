@@ -25,6 +25,7 @@ from market.scheduler.nodes import Nodes
 from market.scheduler.orders import Orders
 from market.scheduler.pools import Pools
 from market.scheduler.reconcile import Seen
+from market.scheduler.spares import Spares
 from market.types import (
     ClusterView,
     Lease,
@@ -32,6 +33,7 @@ from market.types import (
     OfferState,
     Replica,
     ReplicaState,
+    app_name,
 )
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,7 @@ REJOIN_S = 90.0
 SEND_PATIENCE_S = 5.0
 TIDY_S = 60.0
 SERVING = (ReplicaState.STARTING, ReplicaState.READY)
+NOT_ON_GPUS = (ReplicaState.WAITING, ReplicaState.FREEING, ReplicaState.ASLEEP)
 
 
 class Keeper:
@@ -58,6 +61,7 @@ class Keeper:
         orders: Orders,
         pools: Pools,
         elastic: Elastic,
+        spares: Spares,
         send: SendUsage,
     ) -> None:
         self._core = core
@@ -65,6 +69,7 @@ class Keeper:
         self._orders = orders
         self._pools = pools
         self._elastic = elastic
+        self._spares = spares
         self._send = send
         self._hurry = asyncio.Event()
         self._view: ClusterView | None = None
@@ -100,6 +105,7 @@ class Keeper:
         if view is not None:
             await self._guard("advancing leases", partial(self._advance, view, now))
             await self._guard("scaling pools", self._elastic.round)
+            await self._guard("keeping spare processes", partial(self._keep_spares, view))
             await self._guard("reconciling", partial(self._reconcile, view, now))
         await self._send_for_a_while()
         await self._guard("holding money", partial(self._hold, now))
@@ -135,6 +141,12 @@ class Keeper:
             if replica.state in SERVING and app is not None and not lost:
                 return Sight(app.run, last, lost, at)
         return Sight(None, last, lost)
+
+    def spares_ready(self) -> int:
+        """Processes that could be given a model at once."""
+        apps = {} if self._view is None else self._view.apps
+        names = [app_name(spare.process) for spare in self._core.spares.values()]
+        return sum(name in apps and apps[name].run is not None for name in names)
 
     # -- parts of a round --------------------------------------------------------------------
 
@@ -247,6 +259,12 @@ class Keeper:
                     self._asked_funds_s[name] = clock_s
                     await self._guard(name, partial(self._core.leasing.hold_ahead, name, now))
 
+    async def _keep_spares(self, view: ClusterView) -> None:
+        async with self._core.lock:
+            for spare in self._spares.keep(view):
+                offer = self._core.state.offers[spare.offer_id]
+                self._work(spare.process, self._core.cluster.start_spare, spare, offer)
+
     async def _send_for_a_while(self) -> None:
         """Sending goes on beside the rounds while the ledger is away: leases must not wait."""
         if self._sending is None or self._sending.done():
@@ -275,12 +293,12 @@ class Keeper:
                 if replica.deployment_id in state.leases
             }
             seen = Seen(view.apps, residents, memory)
-            steps = reconcile.plan(state.replicas.values(), state.offers, starts, seen, now)
-            for step in steps:
-                await self._decide(step)
+            spares = self._core.spares.values()
+            steps = reconcile.plan(state.replicas.values(), state.offers, starts, seen, now, spares)
+            decided = [step for step in steps if await self._decide(step, view)]
             await self._forget_deployments()
         crash.reach("steps-decided")
-        for step in steps:
+        for step in decided:
             self._act(step)
 
     async def _ask_nodes(self) -> tuple[dict[str, frozenset[str]], frozenset[tuple[str, int]]]:
@@ -310,23 +328,33 @@ class Keeper:
         """Shares of a node's GPUs that running replicas may use."""
         used: dict[int, int] = {}
         for replica in self._core.state.replicas.values():
-            waiting = replica.state in (ReplicaState.WAITING, ReplicaState.FREEING)
-            if replica.place.node_id == node_id and not waiting:
+            if replica.place.node_id == node_id and replica.state not in NOT_ON_GPUS:
                 for index in replica.place.gpu_indices:
                     used[index] = used.get(index, 0) + replica.place.gpu_milli
         return used
 
-    async def _decide(self, step: reconcile.Step) -> None:
+    async def _decide(self, step: reconcile.Step, view: ClusterView) -> bool:
+        """Remember it; whether there is something to do about it now."""
         state = self._core.state
         match step:
             case reconcile.Mark(replica_id, to, reason):
                 marked = replace(state.replicas[replica_id], state=to, reason=reason)
                 await self._core.store.save([marked])
+                if to is ReplicaState.ASLEEP:
+                    self._core.unbook(replica_id, self._core.clock.now())
+            case reconcile.Start(replica) if replica.app_name not in view.apps:
+                known = state.replicas[replica.replica_id]
+                given = self._spares.give(known, view)
+                if given is not None:
+                    await self._core.store.save([given])
+                elif self._spares.is_coming(known, view):
+                    return False
             case reconcile.Forget(replica_id):
                 await self._core.store.save(gone=[state.replicas[replica_id]])
                 self._core.unbook(replica_id, self._core.clock.now())
             case _:
                 pass
+        return True
 
     async def _forget_deployments(self) -> None:
         """A deployment that is being removed is gone with its last replica."""
@@ -343,13 +371,14 @@ class Keeper:
             case reconcile.Start(replica):
                 deployment = state.deployments.get(replica.deployment_id)
                 if deployment is not None:
+                    replica = state.replicas[replica.replica_id]
                     offer = state.offers[replica.place.offer_id]
                     self._work(replica.app_name, cluster.start, replica, deployment, offer)
             case reconcile.Remove(app_name):
                 self._work(app_name, cluster.remove, app_name)
-            case reconcile.End(replica_id, node_id):
+            case reconcile.End(process_id, node_id):
                 self._swept.discard(node_id)
-                self._work(replica_id, cluster.end, replica_id, node_id)
+                self._work(process_id, cluster.end, process_id, node_id)
             case _:
                 pass
 

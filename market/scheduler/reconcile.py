@@ -8,15 +8,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from market.types import AppStatus, Offer, OfferState, Place, Replica, ReplicaState
+from market.types import AppStatus, Offer, OfferState, Place, Replica, ReplicaState, Spare, app_name
 
-APP_PREFIX = "model-"
+APP_PREFIX = app_name("")
 WHOLE_GPU = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Make the replica's application exist."""
+    """Make the replica's application exist, with the settings that the replica's state asks for."""
 
     replica: Replica
 
@@ -39,9 +39,9 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """End the processes that a replica left on its node."""
+    """End the processes that a replica left on its node, by what they carry."""
 
-    replica_id: str
+    process_id: str
     node_id: str
 
 
@@ -74,28 +74,33 @@ def plan(
     starts: Mapping[str, datetime],
     seen: Seen,
     now: datetime,
+    spares: Iterable[Spare] = (),
 ) -> list[Step]:
     """Steps that bring the cluster closer to what is wanted; none if nothing differs.
 
-    ``starts`` says before which moment a replica must not run, by its id.
+    ``starts`` says before which moment a replica must not run, by its id. ``spares`` may run, too.
     """
     wanted = sorted(replicas, key=lambda r: (r.created_at, r.replica_id))
     steps: list[Step] = []
-    names = {replica.app_name for replica in wanted}
-    for app_name in sorted(seen.apps):
-        if app_name.startswith(APP_PREFIX) and app_name not in names:
-            steps.append(Remove(app_name))
-    strangers = _strangers(wanted, seen)
+    homes = {spare.process: spare.node_id for spare in spares}
+    homes |= {replica.process_id: replica.place.node_id for replica in wanted}
+    names = {app_name(process) for process in homes}
+    for name in sorted(seen.apps):
+        if name.startswith(APP_PREFIX) and name not in names:
+            steps.append(Remove(name))
+    strangers = _strangers(homes, seen)
     steps.extend(strangers)
     crowded = {step.node_id for step in strangers}
     used: Counter[tuple[str, int]] = Counter()
     for replica in wanted:
-        if replica.state is not ReplicaState.WAITING:
+        if replica.state not in (ReplicaState.WAITING, ReplicaState.ASLEEP):
             used.update(dict.fromkeys(_gpus(replica.place), replica.place.gpu_milli))
     busy = {
         gpu
         for replica in wanted
-        if _is_starting(seen.apps.get(replica.app_name)) and _lives(offers, replica.place)
+        if replica.state is not ReplicaState.ASLEEP
+        and _is_starting(seen.apps.get(replica.app_name))
+        and _lives(offers, replica.place)
         for gpu in _gpus(replica.place)
     }
     for replica in wanted:
@@ -153,6 +158,8 @@ def _steps(
     if replica.state is ReplicaState.DRAINING:
         there = app is not None and not app.failed and _lives(offers, replica.place)
         return [] if there else _mark(replica, ReplicaState.STOPPING, replica.reason)
+    if replica.state in (ReplicaState.FALLING_ASLEEP, ReplicaState.ASLEEP):
+        return _sleep(replica, app, offers)
     if app is None:
         return _again(replica, offers, busy)
     if not _lives(offers, replica.place) and replica.state is not ReplicaState.FAILED:
@@ -161,9 +168,22 @@ def _steps(
     if app.failed:
         reason = app.message or "the replica did not start"
         return _mark(replica, ReplicaState.FAILED, reason)
+    if app.run is not None and (app.replica_id != replica.replica_id or app.asleep):
+        return [*_mark(replica, ReplicaState.STARTING, "replica starting"), Start(replica)]
     if app.run is not None:
         return _mark(replica, ReplicaState.READY, "serving")
     return _mark(replica, ReplicaState.STARTING, app.message or "replica starting")
+
+
+def _sleep(replica: Replica, app: AppStatus | None, offers: Mapping[str, Offer]) -> list[Step]:
+    """Its GPU is free only when its settings are seen in force."""
+    if app is None or app.failed or not _lives(offers, replica.place):
+        return _mark(replica, ReplicaState.STOPPING, replica.reason)
+    if replica.state is ReplicaState.ASLEEP or app.run is None:
+        return []
+    if app.asleep and app.replica_id == replica.replica_id:
+        return _mark(replica, ReplicaState.ASLEEP, "asleep; the next request wakes it")
+    return [Start(replica)]
 
 
 def _again(replica: Replica, offers: Mapping[str, Offer], busy: set[tuple[str, int]]) -> list[Step]:
@@ -189,21 +209,20 @@ def _free(replica: Replica, offers: Mapping[str, Offer], seen: Seen) -> list[Ste
     residents = seen.residents.get(place.node_id)
     if residents is None:
         return []
-    if replica.replica_id in residents:
-        return [End(replica.replica_id, place.node_id)]
+    if replica.process_id in residents:
+        return [End(replica.process_id, place.node_id)]
     if seen.memory_taken.intersection(_gpus(place)):
         return _mark(replica, ReplicaState.FREEING, "its GPU's memory is not free yet")
     return [Forget(replica.replica_id)]
 
 
-def _strangers(wanted: Iterable[Replica], seen: Seen) -> list[End]:
-    """Processes of replicas that nobody wants, or not on that node: a node came back with them."""
-    homes = {replica.replica_id: replica.place.node_id for replica in wanted}
+def _strangers(homes: Mapping[str, str], seen: Seen) -> list[End]:
+    """Processes that nobody wants, or not on that node: a node came back with them."""
     return [
-        End(replica_id, node_id)
+        End(process_id, node_id)
         for node_id, residents in sorted(seen.residents.items())
-        for replica_id in sorted(residents)
-        if homes.get(replica_id) != node_id
+        for process_id in sorted(residents)
+        if homes.get(process_id) != node_id
     ]
 
 

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 from market import catalog, leases
 from market.accounts import HoldResult
@@ -25,6 +26,7 @@ from market.scheduler.orders import Orders, Quote
 from market.scheduler.pools import Pools
 from market.scheduler.rules import Rules
 from market.scheduler.shares import GatewayOrders, GatewayReport, Shares
+from market.scheduler.spares import Spares
 from market.scheduler.store import Store
 from market.types import (
     Bounds,
@@ -52,7 +54,12 @@ logger = logging.getLogger(__name__)
 
 CLOSED_SHOWN = 50
 # Deployments that scale to zero are waited for in these states.
-WAKING = (DeploymentState.COLD, DeploymentState.WAITING, DeploymentState.STARTING)
+WAKING = (
+    DeploymentState.COLD,
+    DeploymentState.ASLEEP,
+    DeploymentState.WAITING,
+    DeploymentState.STARTING,
+)
 
 
 def exit_process() -> None:
@@ -85,7 +92,13 @@ class Scheduler:
         self._shares = Shares(clock, ledger)
         self._elastic = Elastic(self._core, self._pools, self._shares)
         self._keeper = Keeper(
-            self._core, self._nodes, self._orders, self._pools, self._elastic, send
+            self._core,
+            self._nodes,
+            self._orders,
+            self._pools,
+            self._elastic,
+            Spares(self._core, self._pools),
+            send,
         )
         self._tasks: list[asyncio.Task[None]] = []
         self._closed = False
@@ -331,13 +344,15 @@ class Scheduler:
             self._keeper.hurry()
         return self._shares.sync(report, await self.routes())
 
-    async def status(self) -> dict[str, int]:
-        """For people and tests."""
+    async def status(self) -> dict[str, Any]:
+        """For people and tests. ``start_s``: how long starts took, by what there was before."""
         state = self._core.state
         return {
             "pid": os.getpid(),
             "unsent_segments": len(state.outbox),
             "lost_nodes": sum(o.state is OfferState.LOST for o in state.offers.values()),
+            "spares_ready": self._keeper.spares_ready(),
+            "start_s": {name: round(cost.seconds, 3) for name, cost in state.starts.items()},
         }
 
     def _route(self, deployment: Deployment, replica: Replica) -> Route:
@@ -372,6 +387,7 @@ def deployment_state(
         (ReplicaState.STARTING, DeploymentState.STARTING),
         (ReplicaState.WAITING, DeploymentState.WAITING),
         (ReplicaState.FAILED, DeploymentState.FAILED),
+        (ReplicaState.ASLEEP, DeploymentState.ASLEEP),
     )
     for seen, state in order:
         found = [replica for replica in replicas if replica.state is seen]

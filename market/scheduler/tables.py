@@ -158,6 +158,7 @@ replicas = Table(
     Column("state", String, nullable=False),
     Column("reason", Text, nullable=False),
     Column("created_at", Moment, nullable=False),
+    Column("process", String, nullable=False),
 )
 
 # How long starts took: what waking a model costs is measured, not assumed.

@@ -4,7 +4,7 @@ import importlib
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 from market.cluster.engines import engine_paths
 from market.types import EngineChunk, EngineRequest, FinishReason, TokenCounts
@@ -42,6 +42,27 @@ class LoadedEngine(Protocol):
     async def close(self) -> None:
         """End the engine and its processes."""
         ...
+
+
+@runtime_checkable
+class SleepingEngine(Protocol):
+    """An engine that can leave its GPUs and come back sooner than it could start."""
+
+    async def sleep(self) -> None:
+        """Move the weights to the host's memory, drop the rest; nothing may be under way."""
+        ...
+
+    async def wake(self) -> None:
+        """Be as before."""
+        ...
+
+
+def warm_engine(name: str) -> None:
+    """Import all that the engine called ``name`` imports when it loads a model."""
+    module_name, _, _ = engine_paths()[name].partition(":")
+    module = importlib.import_module(module_name)
+    if hasattr(module, "warm"):
+        module.warm()
 
 
 async def start_engine(name: str, settings: EngineSettings) -> LoadedEngine:

@@ -5,9 +5,11 @@ where vLLM is imported; gateways run without it.
 """
 
 import contextlib
+import importlib
 import json
 import os
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
 from market.credit import WHOLE_BLOCK_TOKENS
@@ -27,6 +29,50 @@ from serve_apps.engines.base import EngineSettings
 
 MIB_PER_GIB = 1024
 LOGPROB_MIN = -9999.0
+# How vLLM starts its processes, and what it sets to do so inside of a Ray actor.
+START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+IMPORTED = ["vllm.parser", "vllm.v1.engine.async_llm"]
+PRELOADED = [
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.v1.worker.gpu_worker",
+    "vllm.model_executor.models.qwen2",  # what most models of its kind share
+]
+
+
+class _Forked(ForkServerProcess):
+    """A child of the process that has the imports behind it, in our environment as it is now."""
+
+    def start(self) -> None:
+        self._environment = {k: v for k, v in os.environ.items() if k != START_METHOD}
+        super().start()
+
+    def run(self) -> None:
+        os.environ.clear()
+        os.environ.update(self._environment)
+        super().run()
+
+
+class _Forking(ForkServerContext):
+    Process = _Forked
+
+
+def warm() -> None:
+    """Import what vLLM imports, here and in a process of which its own will be forked.
+
+    In a Ray actor it would spawn them, and each would import everything again, five seconds on a
+    fast CPU.
+    """
+    forking = _Forking()
+    forking.set_forkserver_preload(PRELOADED)
+    child = forking.Process(target=int)  # ends as soon as all of it is imported
+    child.start()
+
+    for module in IMPORTED:
+        importlib.import_module(module)
+    importlib.import_module("vllm.v1.engine.utils").get_mp_context = lambda: forking  # type: ignore[attr-defined]
+    child.join()
 
 
 async def start(settings: EngineSettings) -> "VllmEngine":
@@ -49,6 +95,7 @@ async def start(settings: EngineSettings) -> "VllmEngine":
         max_num_seqs=settings.sequences_max,
         tensor_parallel_size=settings.tensor_parallel,
         enforce_eager=not on_gpu,
+        enable_sleep_mode=on_gpu,
         enable_prefix_caching=True,
         trust_remote_code=False,
         disable_log_stats=True,
@@ -130,6 +177,14 @@ class VllmEngine:
         """Raises EngineFailed if vLLM's engine process is gone."""
         if self._engine.errored:
             raise EngineFailed("vLLM's engine process died")
+
+    async def sleep(self) -> None:
+        """Level 1: the weights go to the host's memory, the KV cache is dropped."""
+        await self._engine.sleep(level=1)
+
+    async def wake(self) -> None:
+        """Weights and an empty KV cache back on the GPU."""
+        await self._engine.wake_up()
 
     async def close(self) -> None:
         """End vLLM's processes."""

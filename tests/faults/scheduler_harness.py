@@ -41,7 +41,6 @@ from market.scheduler.core import Core
 from market.scheduler.service import Scheduler
 from market.scheduler.store import State, Store
 from market.types import (
-    AppStatus,
     Bounds,
     CloseReason,
     Gpu,
@@ -50,6 +49,7 @@ from market.types import (
     Offer,
     Order,
     OrderState,
+    Place,
     StartCost,
 )
 from tests.faults import harness
@@ -112,10 +112,16 @@ class World(FakeCluster):
         if self.now_us % 7 == 3:
             raise RuntimeError("this start went wrong")
         super().start(replica, deployment, offer)
-        self.places[replica.replica_id] = replica.place
+        self.places[replica.process_id] = replica.place
         if offer.node_id not in self.nodes:
-            self.processes[offer.node_id].discard(replica.replica_id)
+            self.processes[offer.node_id].discard(replica.process_id)
         self._count(offer.node_id)
+
+    def start_spare(self, spare, offer):
+        super().start_spare(spare, offer)
+        self.places[spare.process] = Place(spare.offer_id, spare.node_id)
+        if offer.node_id not in self.nodes:
+            self.processes[offer.node_id].discard(spare.process)
 
     def ready(self, app_name=None):
         self._ended(app_name)
@@ -155,7 +161,7 @@ class World(FakeCluster):
             self.processes[node_id].clear()
             for name in [n for n, home in self.homes.items() if home == node_id]:
                 self._ended(name)
-                self.apps[name] = AppStatus(None, False, "")
+                self.apps[name] = replace(self.apps[name], run=None, failed=False)
 
     def back(self, node_id):
         self.nodes.add(node_id)
@@ -165,7 +171,8 @@ class World(FakeCluster):
 
     def fail(self, app_name):
         self._ended(app_name)
-        self.apps[app_name] = AppStatus(None, True, "out of memory")
+        failed = replace(self.apps[app_name], run=None, failed=True, message="out of memory")
+        self.apps[app_name] = failed
 
     def pass_time(self, now_us, rng):
         """Most of what starts is ready by now, and half of the memory is clean."""

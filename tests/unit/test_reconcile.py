@@ -11,7 +11,8 @@ from tests.samples import NOON, OFFER, REPLICA
 
 APP = REPLICA.app_name
 GPU = ("server", 0)
-RUNNING = AppStatus(run="serve-1:4711", failed=False, message="")
+RUNNING = AppStatus("serve-1:4711", failed=False, message="", replica_id=REPLICA.replica_id)
+OLD = replace(RUNNING, replica_id="old")
 STARTING = AppStatus(run=None, failed=False, message="")
 FAILED = AppStatus(run=None, failed=True, message="no memory")
 OFFERS = {"server": OFFER}
@@ -72,12 +73,12 @@ class TestWaiting:
     @pytest.mark.parametrize("state", [ReplicaState.READY, *ENDING])
     def test_not_while_its_gpu_is_taken(self, state):
         before = replica("old", state, "serving")
-        (step,) = [s for s in steps(before, replica(), apps={"model-old": RUNNING}) if mine(s)]
+        (step,) = [s for s in steps(before, replica(), apps={"model-old": OLD}) if mine(s)]
         assert step == mark(ReplicaState.WAITING, "its GPU is being freed")
 
     def test_beside_others_whose_shares_leave_room(self):
         before = replica("old", ReplicaState.READY, "serving", gpu_milli=600)
-        apps = {"model-old": RUNNING}
+        apps = {"model-old": OLD}
         fits, too_much = replica(gpu_milli=400), replica(gpu_milli=401)
         assert Start(fits) in steps(before, fits, apps=apps)
         assert Start(too_much) not in steps(before, too_much, apps=apps)
@@ -95,7 +96,7 @@ class TestWaiting:
         before = replica("old", ReplicaState.READY, "serving", gpu_milli=300)
         own = replica(gpu_milli=300)
         assert Start(own) not in steps(before, own, apps={"model-old": STARTING})
-        assert Start(own) in steps(before, own, apps={"model-old": RUNNING})
+        assert Start(own) in steps(before, own, apps={"model-old": OLD})
 
     def test_one_after_the_other_oldest_first(self):
         young = replica("a", gpu_milli=300, age_s=2)
@@ -293,7 +294,8 @@ class FakeCluster:
         apps = {}
         for name, ticks in self.apps.items():
             lives = name in self.processes and self.lives(self.processes[name])
-            serves = RUNNING if ticks == 0 and lives else STARTING
+            running = replace(RUNNING, replica_id=name)
+            serves = running if ticks == 0 and lives else STARTING
             apps[f"model-{name}"] = FAILED if ticks is None else serves
         there = {
             node_id: frozenset(n for n, p in self.processes.items() if p.node_id == node_id)

@@ -155,6 +155,7 @@ def upgrade() -> None:
         sa.Column("state", sa.String(), nullable=False),
         sa.Column("reason", sa.Text(), nullable=False),
         sa.Column("created_at", market.storage.Moment(), nullable=False),
+        sa.Column("process", sa.String(), nullable=False),
         sa.PrimaryKeyConstraint("replica_id"),
     )
     op.create_table(
