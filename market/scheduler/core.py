@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -177,6 +178,8 @@ class Core:
         # Processes that wait for a model, by name. After a restart there are none: others are made.
         self.spares: dict[str, Spare] = {}
         self.lock = asyncio.Lock()
+        self._bookings: dict[str, str] = {}
+        self._numbers = itertools.count()
 
     @property
     def state(self) -> State:
@@ -251,14 +254,15 @@ class Core:
             offer = self.state.offers[place.offer_id]
             places = matching.positions(offer, place.gpu_indices)
             start = micros(self.clock.now())
-            self.calendar.book(
-                replica.replica_id, place.node_id, places, place.gpu_milli, start, None
-            )
+            # One that slept books again, and an id of the calendar is never used again.
+            booking_id = f"{replica.replica_id}/{next(self._numbers)}"
+            self.calendar.book(booking_id, place.node_id, places, place.gpu_milli, start, None)
+            self._bookings[replica.replica_id] = booking_id
 
-    def unbook(self, booking_id: str, at: datetime) -> None:
-        """Nothing of a booking is left from ``at`` on; an unknown one is none."""
+    def unbook(self, name: str, at: datetime) -> None:
+        """Nothing of a lease's or replica's booking is left from ``at`` on; no booking is fine."""
         with contextlib.suppress(ValueError):
-            self.calendar.cut(booking_id, micros(at))
+            self.calendar.cut(self._bookings.pop(name, name), micros(at))
 
     def _is_pool(self, replica: Replica) -> bool:
         deployment = self.state.deployments.get(replica.deployment_id)

@@ -56,7 +56,6 @@ class Elastic:
         self._draining_since_s: dict[str, float] = {}
         self._asleep_since_s: dict[str, float] = {}
         self._starting: dict[str, tuple[float, StartFrom]] = {}
-        self._waking: set[str] = set()
 
     async def round(self) -> None:
         """Bring every pool a step closer to what it needs."""
@@ -136,6 +135,7 @@ class Elastic:
     def _woken(self, asleep: list[Replica], count: int) -> list[Replica]:
         """So many of these, as far as their GPUs have room, on them again."""
         woken: list[Replica] = []
+        now_s = self._core.clock.monotonic()
         for replica in asleep:
             if len(woken) == count:
                 break
@@ -144,7 +144,7 @@ class Elastic:
                 self._core.book_replica(back)
             except Oversubscribed:
                 continue
-            self._waking.add(replica.replica_id)
+            self._starting[replica.replica_id] = now_s, StartFrom.ASLEEP
             woken.append(back)
         return woken
 
@@ -316,7 +316,6 @@ class Elastic:
             fresh = now_s, self._begun_from(replica)
             self._starting[replica.replica_id] = begun.pop(replica.replica_id, fresh)
         for name, (since_s, start_from) in begun.items():
-            self._waking.discard(name)
             started = core.state.replicas.get(name)
             if started is None or started.state is not ReplicaState.READY:
                 continue
@@ -332,8 +331,6 @@ class Elastic:
             await core.store.save([StartCost(start_id, mean_s, count, core.clock.now())])
 
     def _begun_from(self, replica: Replica) -> StartFrom:
-        if replica.replica_id in self._waking:
-            return StartFrom.ASLEEP
         if replica.process:
             return StartFrom.SPARE
         deployment = self._core.state.deployments.get(replica.deployment_id)

@@ -32,13 +32,15 @@ import pyarrow.parquet as pq
 
 from market import catalog, crash
 from market.errors import MarketError, MarketFault, Overloaded
+from market.fairness import PoolReport
 from market.fakes import FakeCluster
 from market.leasing import PRODUCER
 from market.ledger import producer
 from market.matching import micros
 from market.scheduler import service
-from market.scheduler.core import Core
+from market.scheduler.core import Core, has_gpus
 from market.scheduler.service import Scheduler
+from market.scheduler.shares import GatewayReport
 from market.scheduler.store import State, Store
 from market.types import (
     Bounds,
@@ -102,6 +104,7 @@ class World(FakeCluster):
 
     def __init__(self) -> None:
         super().__init__(offer.node_id for offer in OFFERS)
+        self.sleepers = {"transformers"}
         self.now_us = 0
         self.places = {}
         self.served = {}  # run -> [application, since, until or None], microseconds
@@ -198,8 +201,11 @@ class World(FakeCluster):
 
     def _count(self, node_id):
         used = Counter()
-        for replica_id in self.processes[node_id]:
-            place = self.places[replica_id]
+        for process_id in self.processes[node_id]:
+            app = self.apps.get(f"model-{process_id}")
+            if app is not None and app.asleep:
+                continue
+            place = self.places[process_id]
             used.update(dict.fromkeys(place.gpu_indices, place.gpu_milli))
         if any(milli > 1000 for milli in used.values()):
             self.crowded.append((self.now_us, node_id, sorted(self.processes[node_id])))
@@ -625,6 +631,7 @@ WEIGHTS = {
     **{"order": 12, "again": 2, "renew": 4, "release": 3, "cancel": 1, "deposit": 2},
     **{"lose": 2, "back": 4, "replace": 2, "fail": 1, "drain": 1, "leave": 0.5},
     **{"open_pool": 2, "undeploy": 1, "reprice": 1, "publish": 2, "wait": 4},
+    "report": 6,
 }
 
 
@@ -742,8 +749,18 @@ class Script:
     def _open_pool(self):
         model = self._rng.choice(("tiny-qwen", "smollm2-135m"))
         least = self._rng.randint(0, 2)
-        bounds = Bounds(least, max(1, least + self._rng.randint(0, 2)))
+        bounds = Bounds(least, max(1, least + self._rng.randint(0, 2)), keep_alive_s=5.0)
         return [("open_pool", model, None, bounds, False)]
+
+    def _report(self):
+        """What a gateway says: pools grow, wake, drain and fall asleep by it."""
+        asked = self._rng.choice((0, 0, 1, 200))
+        pools = {
+            model: PoolReport(asked, 0, {}, {}, frozenset(), {})
+            for model in ("tiny-qwen", "smollm2-135m")
+        }
+        cold = {"tiny-qwen": 1} if self._rng.random() < 0.5 else {}
+        return [("sync", GatewayReport("gw0", 1, pools, frozenset(), cold))]
 
     def _undeploy(self):
         return [("undeploy", name) for name in self._one("pools")]
@@ -921,7 +938,7 @@ def _check_bookings(state: State, now: datetime) -> None:
             if not lease.gpu_indices:
                 floating[lease.node_id].append(span)
     for replica in state.replicas.values():
-        if replica.deployment_id not in state.leases:
+        if replica.deployment_id not in state.leases and has_gpus(replica):
             for index in replica.place.gpu_indices:
                 span = (now, datetime.max.replace(tzinfo=now.tzinfo), replica.place.gpu_milli)
                 fixed[replica.place.node_id, index].append(span)

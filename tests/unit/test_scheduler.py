@@ -1,14 +1,11 @@
 """The scheduler over real SQL, a ledger in memory and a cluster that does what the test says."""
 
 import asyncio
-import contextlib
 from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 
-from market import catalog, pricing
-from market.config import Config
 from market.errors import (
     Conflict,
     InsufficientBalance,
@@ -19,137 +16,22 @@ from market.errors import (
     NotFound,
     PermissionDenied,
 )
-from market.fairness import PoolReport
-from market.fakes import FakeClock, FakeCluster, MemoryLedger
 from market.scheduler.nodes import Proof
-from market.scheduler.service import Scheduler, deployment_state
-from market.scheduler.shares import GatewayReport
 from market.types import (
     AppStatus,
-    Bounds,
     CloseReason,
     DeploymentState,
-    Gpu,
     Lane,
     LanePolicy,
     LeaseState,
     Mode,
-    Offer,
     OfferState,
-    Order,
     OrderState,
     RecordKind,
     ReplicaState,
 )
-from tests.samples import NOON, deposit
-
-LAPTOP = Offer(
-    "local", "local", "local", "cpu", (), 8, 16_000, pricing.parse_money("1"), "USD", NOON
-)
-FARM = replace(
-    LAPTOP,
-    offer_id="farm",
-    node_id="farm",
-    gpu_type="a10",
-    gpus=(Gpu(0, "a10", 24_564), Gpu(1, "a10", 24_564)),
-    logical=True,
-)
-HOUR = 3600
-
-
-class Box:
-    """Everything around a scheduler, which may be stopped and opened again."""
-
-    def __init__(self, tmp_path, offers):
-        self.config = Config(tmp_path, "http://127.0.0.1:1", node_patience_s=10)
-        self.clock = FakeClock()
-        self.cluster = FakeCluster({offer.node_id for offer in offers}, instant=True)
-        self.ledger = MemoryLedger(self.clock)
-        self.offers = offers
-
-    async def fill(self, amount="100"):
-        for name in ("acme", "other"):
-            await self.ledger.create_tenant(name)
-            await self.ledger.transfer(deposit(amount, f"deposit-{name}", name))
-        for name in ("local", "gpu-farm"):
-            await self.ledger.create_provider(name)
-        cards = [c for c in catalog.default_rate_cards() if c.model != "smollm2-360m"]
-        await self.ledger.add_rate_cards(cards, only_new_models=False)
-
-    async def send(self, identity, first_seq, records):
-        return await self.ledger.append_records(*identity, first_seq, records)
-
-    @contextlib.asynccontextmanager
-    async def opened(self):
-        scheduler = Scheduler(self.config, self.clock, self.ledger, self.cluster, self.send)
-        await scheduler._store.open()
-        scheduler._core.rebuild_calendar()
-        for offer in self.offers:
-            await scheduler.offer(offer)
-        try:
-            yield scheduler
-        finally:
-            await scheduler._keeper.stop()
-            await scheduler._store.close()
-
-    async def rounds(self, scheduler, seconds=0.0, step=5.0):
-        """Let time pass in steps, a round after each."""
-        await self.round(scheduler)
-        while seconds > 0:
-            self.clock.advance(min(step, seconds))
-            seconds -= step
-            await self.round(scheduler)
-
-    async def round(self, scheduler):
-        await scheduler._keeper.round()
-        while scheduler._keeper._working:
-            await asyncio.gather(*scheduler._keeper._working.values())
-
-    async def charged(self, tenant="acme"):
-        return sum(r.charge_pico for r in self.ledger.records if r.tenant_id == tenant)
-
-
-@pytest.fixture
-async def box(tmp_path):
-    made = Box(tmp_path, [LAPTOP])
-    await made.fill()
-    return made
-
-
-@pytest.fixture
-async def farm(tmp_path):
-    made = Box(tmp_path, [FARM])
-    await made.fill()
-    return made
-
-
-async def pool(scheduler, model="tiny-qwen", engine=None, dry_run=False, **bounds):
-    return await scheduler.open_pool(model, engine, Bounds(**bounds), dry_run)
-
-
-def order(number=1, **changes):
-    values = {
-        "order_id": f"order-{number}",
-        "tenant_id": "acme",
-        "api_key_id": "key-acme",
-        "model": "tiny-qwen",
-        "engine": "transformers",
-        "gpu_count": 1,
-        "gpu_milli": 1000,
-        "start": None,
-        "term_s": HOUR,
-        "created_at": NOON,
-    }
-    return Order(**values | changes)
-
-
-async def lease(scheduler, number=1, **changes):
-    placed = await scheduler.order(order(number, **changes))
-    return await scheduler.lease(placed.lease_id)
-
-
-async def states(scheduler):
-    return [deployment_state(*found)[0] for found in await scheduler.deployments()]
+from tests.boxes import FARM, HOUR, Box, lease, order, pool, states
+from tests.samples import deposit
 
 
 class TestPools:
@@ -253,163 +135,6 @@ class TestPools:
             await farm.rounds(scheduler, 10, 1)
             assert len((await scheduler.routes()).ready) == 3
             assert len(farm.cluster.apps) == 3
-
-
-class Demands:
-    """A gateway that says what the test wants, once a second."""
-
-    def __init__(self, box, scheduler):
-        self.box, self.scheduler = box, scheduler
-
-    async def __call__(self, seconds, cold=(), streams=(), **running):
-        """For so long; ``running`` is by model, with dashes for underscores."""
-        for _ in range(seconds):
-            pools = {
-                name.replace("_", "-"): PoolReport(count, 0, {}, {}, frozenset(), {})
-                for name, count in running.items()
-            }
-            report = GatewayReport(
-                "gw0", 1, pools, frozenset(), dict(cold), {} if not streams else dict(streams)
-            )
-            await self.scheduler.sync(report)
-            self.box.clock.advance(1)
-            await self.box.round(self.scheduler)
-
-
-class TestElasticPools:
-    async def test_begins_with_its_minimum_and_wakes_for_the_first_request(self, box):
-        async with box.opened() as scheduler:
-            demands = Demands(box, scheduler)
-            deployment, replicas = await pool(scheduler, minimum=0, maximum=2)
-            assert replicas == ()
-            await demands(5)
-            assert await states(scheduler) == [DeploymentState.COLD]
-            (entry,) = (await scheduler.routes()).starting
-            assert entry.wakes
-            await demands(2, cold={"tiny-qwen": 3})
-            (route,) = (await scheduler.routes()).ready
-            assert route.deployment_id == deployment.deployment_id
-            assert await states(scheduler) == [DeploymentState.READY]
-
-    async def test_one_that_fits_nowhere_is_refused_though_it_begins_with_none(self, box):
-        async with box.opened() as scheduler:
-            with pytest.raises(NoCapacity):
-                await pool(scheduler, "qwen-7b", minimum=0, maximum=1)
-
-    async def test_grows_with_demand_and_shrinks_late(self, farm):
-        async with farm.opened() as scheduler:
-            demands = Demands(farm, scheduler)
-            await pool(scheduler, minimum=1, maximum=4)
-            await demands(6, tiny_qwen=300)  # of 128 places each; starts on a GPU queue
-            assert len((await scheduler.routes()).ready) == 3
-            await demands(100, tiny_qwen=10)
-            assert len((await scheduler.routes()).ready) == 3
-            await demands(60, tiny_qwen=10)
-            assert len((await scheduler.routes()).ready) == 1
-            await demands(60, tiny_qwen=10)
-            assert len(farm.cluster.apps) == 1
-
-    async def test_stream_keeps_its_replica_and_new_demand_takes_it_back(self, farm):
-        async with farm.opened() as scheduler:
-            demands = Demands(farm, scheduler)
-            await pool(scheduler, minimum=1, maximum=2)
-            await demands(3, tiny_qwen=200)
-            busy = {route.app_name: 1 for route in (await scheduler.routes()).ready}
-            assert len(busy) == 2
-            await demands(400, streams=busy, tiny_qwen=2)
-            assert len((await scheduler.routes()).ready) == 1
-            assert len(farm.cluster.apps) == 2  # it drains as long as the stream lasts
-            await demands(3, streams=busy, tiny_qwen=200)
-            assert {r.app_name for r in (await scheduler.routes()).ready} == set(busy)
-
-    async def test_sleeps_after_its_keep_alive_and_frees_the_gpu(self, farm):
-        async with farm.opened() as scheduler:
-            demands = Demands(farm, scheduler)
-            await pool(scheduler, minimum=0, maximum=1, keep_alive_s=30)
-            await demands(2, cold={"tiny-qwen": 1})
-            await demands(20, tiny_qwen=1)
-            await demands(25)
-            assert await states(scheduler) == [DeploymentState.READY]
-            await demands(15)
-            assert await states(scheduler) == [DeploymentState.COLD]
-            assert farm.cluster.apps == {}
-            assert scheduler._core.state.replicas == {}
-
-    async def test_nothing_shrinks_while_no_gateway_is_heard(self, farm):
-        async with farm.opened() as scheduler:
-            await pool(scheduler, minimum=0, maximum=1, keep_alive_s=30)
-            await Demands(farm, scheduler)(2, cold={"tiny-qwen": 1})
-            scheduler._shares._gateways.clear()
-            await farm.rounds(scheduler, 300)
-            assert await states(scheduler) == [DeploymentState.READY]
-
-    async def test_bounds_may_be_changed_while_it_serves(self, farm):
-        async with farm.opened() as scheduler:
-            demands = Demands(farm, scheduler)
-            first, _ = await pool(scheduler)
-            await demands(2)
-            again, _ = await pool(scheduler, minimum=2, maximum=2)
-            assert again.deployment_id == first.deployment_id
-            await demands(2)
-            assert len((await scheduler.routes()).ready) == 2
-            with pytest.raises(InvalidRequest, match="MIN:MAX"):
-                await pool(scheduler, minimum=3, maximum=2)
-
-    async def test_budget_bounds_it(self, farm):
-        async with farm.opened() as scheduler:
-            share = -(-catalog.find("tiny-qwen").memory_mib * 1000 // 24_564)
-            spend_max_pico = 10**12 * share * 2 // 1000
-            await pool(scheduler, minimum=0, maximum=8, spend_max_pico=spend_max_pico)
-            demands = Demands(farm, scheduler)
-            await demands(2, cold={"tiny-qwen": 1})
-            await demands(5, tiny_qwen=1000)
-            assert len((await scheduler.routes()).ready) == 2
-            (deployment, _) = (await scheduler.deployments())[0]
-            assert "budget" in scheduler._elastic.reason(deployment.deployment_id)
-
-    async def test_failed_replica_is_not_started_again_and_again(self, box):
-        async with box.opened() as scheduler:
-            demands = Demands(box, scheduler)
-            await pool(scheduler, minimum=0, maximum=3)
-            await demands(2, cold={"tiny-qwen": 1})
-            (app,) = box.cluster.apps
-            box.cluster.apps[app] = AppStatus(None, True, "no memory")
-            await demands(1, cold={"tiny-qwen": 1})
-            await demands(20, cold={"tiny-qwen": 500})
-            assert len(scheduler._core.state.replicas) == 1
-            (entry,) = (await scheduler.routes()).starting
-            assert not entry.wakes
-            assert "no memory" in entry.reason
-
-    async def test_starts_are_measured_and_kept(self, farm):
-        async with farm.opened() as scheduler:
-            farm.cluster.instant = False
-            await pool(scheduler)
-            await farm.rounds(scheduler, 40, 5)
-            farm.cluster.ready()
-            await farm.rounds(scheduler, 1, 1)
-        async with farm.opened() as scheduler:
-            (cost,) = scheduler._core.state.starts.values()
-            assert cost.start_id.startswith("tiny-qwen/transformers/a10")
-            assert 35 <= cost.seconds <= 41  # rounds are five seconds apart here
-
-    async def test_idle_model_makes_room_for_one_that_is_asked_but_never_a_lease(self, farm):
-        """Two whole GPUs: one leased, the other shared in turn."""
-        small = replace(FARM, gpus=tuple(Gpu(n, "a10", 1500) for n in (0, 1)))
-        drained = replace(small, offer_id="away", node_id="away")
-        farm.offers, farm.cluster.nodes = [small, drained], {"farm", "away"}
-        async with farm.opened() as scheduler:
-            await scheduler.drain("away")  # its empty GPUs are no reason to wait for room
-            demands = Demands(farm, scheduler)
-            booked = await lease(scheduler, 1)
-            await demands(2)
-            await pool(scheduler, "tiny-qwen", minimum=0, maximum=1)
-            await pool(scheduler, "tiny-embed", minimum=0, maximum=1)
-            for asked, other in (("tiny-qwen", "tiny-embed"), ("tiny-embed", "tiny-qwen")) * 2:
-                await demands(14, cold={asked: 1})
-                ready = [r.model for r in (await scheduler.routes()).ready if r.lease_id is None]
-                assert ready == [asked], other
-            assert (await scheduler.lease(booked.lease_id)).state is LeaseState.ACTIVE
 
 
 class TestLeases:

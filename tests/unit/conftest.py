@@ -1,0 +1,17 @@
+import pytest
+
+from tests.boxes import FARM, LAPTOP, Box
+
+
+@pytest.fixture
+async def box(tmp_path):
+    made = Box(tmp_path, [LAPTOP])
+    await made.fill()
+    return made
+
+
+@pytest.fixture
+async def farm(tmp_path):
+    made = Box(tmp_path, [FARM])
+    await made.fill()
+    return made

@@ -1,0 +1,360 @@
+"""Pools that grow, shrink, sleep and wake, by what gateways report."""
+
+from dataclasses import replace
+
+import pytest
+
+from market import catalog
+from market.errors import (
+    InvalidRequest,
+    NoCapacity,
+)
+from market.types import (
+    AppStatus,
+    DeploymentState,
+    Gpu,
+    LeaseState,
+)
+from tests.boxes import FARM, Box, Demands, lease, pool, states
+
+
+class TestElasticPools:
+    async def test_begins_with_its_minimum_and_wakes_for_the_first_request(self, box):
+        async with box.opened() as scheduler:
+            demands = Demands(box, scheduler)
+            deployment, replicas = await pool(scheduler, minimum=0, maximum=2)
+            assert replicas == ()
+            await demands(5)
+            assert await states(scheduler) == [DeploymentState.COLD]
+            (entry,) = (await scheduler.routes()).starting
+            assert entry.wakes
+            await demands(2, cold={"tiny-qwen": 3})
+            (route,) = (await scheduler.routes()).ready
+            assert route.deployment_id == deployment.deployment_id
+            assert await states(scheduler) == [DeploymentState.READY]
+
+    async def test_one_that_fits_nowhere_is_refused_though_it_begins_with_none(self, box):
+        async with box.opened() as scheduler:
+            with pytest.raises(NoCapacity):
+                await pool(scheduler, "qwen-7b", minimum=0, maximum=1)
+
+    async def test_grows_with_demand_and_shrinks_late(self, farm):
+        async with farm.opened() as scheduler:
+            demands = Demands(farm, scheduler)
+            await pool(scheduler, minimum=1, maximum=4)
+            await demands(6, tiny_qwen=300)  # of 128 places each; starts on a GPU queue
+            assert len((await scheduler.routes()).ready) == 3
+            await demands(100, tiny_qwen=10)
+            assert len((await scheduler.routes()).ready) == 3
+            await demands(60, tiny_qwen=10)
+            assert len((await scheduler.routes()).ready) == 1
+            await demands(60, tiny_qwen=10)
+            assert len(farm.cluster.apps) == 1
+
+    async def test_stream_keeps_its_replica_and_new_demand_takes_it_back(self, farm):
+        async with farm.opened() as scheduler:
+            demands = Demands(farm, scheduler)
+            await pool(scheduler, minimum=1, maximum=2)
+            await demands(3, tiny_qwen=200)
+            busy = {route.app_name: 1 for route in (await scheduler.routes()).ready}
+            assert len(busy) == 2
+            await demands(400, streams=busy, tiny_qwen=2)
+            assert len((await scheduler.routes()).ready) == 1
+            assert len(farm.cluster.apps) == 2  # it drains as long as the stream lasts
+            await demands(3, streams=busy, tiny_qwen=200)
+            assert {r.app_name for r in (await scheduler.routes()).ready} == set(busy)
+
+    async def test_sleeps_after_its_keep_alive_and_frees_the_gpu(self, farm):
+        async with farm.opened() as scheduler:
+            demands = Demands(farm, scheduler)
+            await pool(scheduler, minimum=0, maximum=1, keep_alive_s=30)
+            await demands(2, cold={"tiny-qwen": 1})
+            await demands(20, tiny_qwen=1)
+            await demands(25)
+            assert await states(scheduler) == [DeploymentState.READY]
+            await demands(15)
+            assert await states(scheduler) == [DeploymentState.COLD]
+            assert farm.cluster.apps == {}
+            assert scheduler._core.state.replicas == {}
+
+    async def test_nothing_shrinks_while_no_gateway_is_heard(self, farm):
+        async with farm.opened() as scheduler:
+            await pool(scheduler, minimum=0, maximum=1, keep_alive_s=30)
+            await Demands(farm, scheduler)(2, cold={"tiny-qwen": 1})
+            scheduler._shares._gateways.clear()
+            await farm.rounds(scheduler, 300)
+            assert await states(scheduler) == [DeploymentState.READY]
+
+    async def test_bounds_may_be_changed_while_it_serves(self, farm):
+        async with farm.opened() as scheduler:
+            demands = Demands(farm, scheduler)
+            first, _ = await pool(scheduler)
+            await demands(2)
+            again, _ = await pool(scheduler, minimum=2, maximum=2)
+            assert again.deployment_id == first.deployment_id
+            await demands(2)
+            assert len((await scheduler.routes()).ready) == 2
+            with pytest.raises(InvalidRequest, match="MIN:MAX"):
+                await pool(scheduler, minimum=3, maximum=2)
+
+    async def test_budget_bounds_it(self, farm):
+        async with farm.opened() as scheduler:
+            share = -(-catalog.find("tiny-qwen").memory_mib * 1000 // 24_564)
+            spend_max_pico = 10**12 * share * 2 // 1000
+            await pool(scheduler, minimum=0, maximum=8, spend_max_pico=spend_max_pico)
+            demands = Demands(farm, scheduler)
+            await demands(2, cold={"tiny-qwen": 1})
+            await demands(5, tiny_qwen=1000)
+            assert len((await scheduler.routes()).ready) == 2
+            (deployment, _) = (await scheduler.deployments())[0]
+            assert "budget" in scheduler._elastic.reason(deployment.deployment_id)
+
+    async def test_failed_replica_is_not_started_again_and_again(self, box):
+        async with box.opened() as scheduler:
+            demands = Demands(box, scheduler)
+            await pool(scheduler, minimum=0, maximum=3)
+            await demands(2, cold={"tiny-qwen": 1})
+            (app,) = box.cluster.apps
+            box.cluster.apps[app] = AppStatus(None, True, "no memory")
+            await demands(1, cold={"tiny-qwen": 1})
+            await demands(20, cold={"tiny-qwen": 500})
+            assert len(scheduler._core.state.replicas) == 1
+            (entry,) = (await scheduler.routes()).starting
+            assert not entry.wakes
+            assert "no memory" in entry.reason
+
+    async def test_starts_are_measured_and_kept(self, farm):
+        async with farm.opened() as scheduler:
+            farm.cluster.instant = False
+            await pool(scheduler)
+            await farm.rounds(scheduler, 40, 5)
+            farm.cluster.ready()
+            await farm.rounds(scheduler, 1, 1)
+        async with farm.opened() as scheduler:
+            (cost,) = scheduler._core.state.starts.values()
+            assert cost.start_id.startswith("tiny-qwen/transformers/a10")
+            assert 35 <= cost.seconds <= 41  # rounds are five seconds apart here
+
+    async def test_idle_model_makes_room_for_one_that_is_asked_but_never_a_lease(self, farm):
+        """Two whole GPUs: one leased, the other shared in turn."""
+        small = replace(FARM, gpus=tuple(Gpu(n, "a10", 1500) for n in (0, 1)))
+        drained = replace(small, offer_id="away", node_id="away")
+        farm.offers, farm.cluster.nodes = [small, drained], {"farm", "away"}
+        async with farm.opened() as scheduler:
+            await scheduler.drain("away")  # its empty GPUs are no reason to wait for room
+            demands = Demands(farm, scheduler)
+            booked = await lease(scheduler, 1)
+            await demands(2)
+            await pool(scheduler, "tiny-qwen", minimum=0, maximum=1)
+            await pool(scheduler, "tiny-embed", minimum=0, maximum=1)
+            for asked, other in (("tiny-qwen", "tiny-embed"), ("tiny-embed", "tiny-qwen")) * 2:
+                await demands(14, cold={asked: 1})
+                ready = [r.model for r in (await scheduler.routes()).ready if r.lease_id is None]
+                assert ready == [asked], other
+            assert (await scheduler.lease(booked.lease_id)).state is LeaseState.ACTIVE
+
+
+@pytest.fixture
+async def spared(tmp_path):
+    """Two GPUs, and spare processes."""
+    made = Box(tmp_path, [FARM], spares=1)
+    await made.fill()
+    return made
+
+
+class TestSpares:
+    async def test_next_replica_gets_a_process_that_waits_and_another_is_made(self, spared):
+        async with spared.opened() as scheduler:
+            demands = Demands(spared, scheduler)
+            await pool(scheduler, minimum=0, maximum=2)
+            await demands(3)
+            (spare,) = spared.cluster.apps
+            assert (await scheduler.status())["spares_ready"] == 1
+            await demands(2, cold={"tiny-qwen": 1})
+            (replica,) = scheduler._core.state.replicas.values()
+            assert replica.app_name == spare
+            assert spared.cluster.apps[spare].replica_id == replica.replica_id
+            assert [r.app_name for r in (await scheduler.routes()).ready] == [spare]
+            await demands(3, tiny_qwen=1)
+            assert len(spared.cluster.apps) == 2  # a spare for the second
+            await demands(3, tiny_qwen=300)
+            await demands(3, tiny_qwen=300)
+            assert len(spared.cluster.apps) == 2  # it may have no third
+            (cost,) = scheduler._core.state.starts.values()
+            assert cost.start_id.endswith("/spare")
+
+    async def test_one_that_is_starting_is_waited_for(self, spared):
+        async with spared.opened() as scheduler:
+            spared.cluster.instant = False
+            demands = Demands(spared, scheduler)
+            await pool(scheduler, minimum=0, maximum=1)
+            await demands(2)
+            (spare,) = spared.cluster.apps
+            await demands(3, cold={"tiny-qwen": 1})
+            assert list(spared.cluster.apps) == [spare]
+            spared.cluster.ready()
+            await demands(2, cold={"tiny-qwen": 1})
+            assert [r.app_name for r in (await scheduler.routes()).ready] == [spare]
+
+    async def test_process_that_died_is_started_with_the_model(self, spared):
+        """Serve starts it anew with its settings; where the application is gone we do."""
+        async with spared.opened() as scheduler:
+            demands = Demands(spared, scheduler)
+            await pool(scheduler, minimum=0, maximum=1)
+            await demands(2)
+            await demands(2, cold={"tiny-qwen": 1})
+            (replica,) = scheduler._core.state.replicas.values()
+            spared.cluster.apps.clear()
+            await demands(2, tiny_qwen=1)
+            assert spared.cluster.apps[replica.app_name].replica_id == replica.replica_id
+            assert len((await scheduler.routes()).ready) == 1
+
+    async def test_restarted_scheduler_keeps_who_has_a_model_and_makes_spares_anew(self, spared):
+        async with spared.opened() as scheduler:
+            demands = Demands(spared, scheduler)
+            await pool(scheduler, minimum=0, maximum=2)
+            await demands(2)
+            await demands(3, cold={"tiny-qwen": 1})
+            (replica,) = scheduler._core.state.replicas.values()
+            before = set(spared.cluster.apps)
+            assert len(before) == 2
+        async with spared.opened() as scheduler:
+            await Demands(spared, scheduler)(4, tiny_qwen=1)
+            after = set(spared.cluster.apps)
+            assert before & after == {replica.app_name}
+            assert len(after) == 2
+            homes = {app.removeprefix("model-") for app in after}
+            assert spared.cluster.processes["farm"] == homes
+
+    async def test_one_that_cannot_start_is_not_tried_again_and_nobody_waits_for_it(self, spared):
+        async with spared.opened() as scheduler:
+            spared.cluster.instant = False
+            demands = Demands(spared, scheduler)
+            await pool(scheduler, minimum=0, maximum=1)
+            await demands(2)
+            (spare,) = spared.cluster.apps
+            failed = AppStatus(None, True, "no module named torch")
+            spared.cluster.apps[spare] = failed
+            await demands(3)
+            assert spared.cluster.apps == {}
+            spared.cluster.instant = True
+            await demands(3, cold={"tiny-qwen": 1})
+            assert len((await scheduler.routes()).ready) == 1
+
+    async def test_only_where_pools_may_grow(self, spared):
+        async with spared.opened() as scheduler:
+            demands = Demands(spared, scheduler)
+            await pool(scheduler)
+            await lease(scheduler, 1)
+            await demands(3)
+            assert len(spared.cluster.apps) == 2
+            await pool(scheduler, minimum=1, maximum=2)
+            await demands(3)
+            assert len(spared.cluster.apps) == 3
+            await scheduler.undeploy("tiny-qwen")
+            await demands(5)
+            assert len(spared.cluster.apps) == 1  # the lease's
+
+
+class TestSleep:
+    @pytest.fixture
+    async def bed(self, tmp_path):
+        """One GPU for one model at a time, of an engine that can sleep."""
+        small = replace(FARM, gpus=(Gpu(0, "a10", 1500),), memory_mib=16_000)
+        made = Box(tmp_path, [small])
+        made.cluster.sleepers = {"transformers"}
+        await made.fill()
+        return made
+
+    async def test_idle_replica_sleeps_and_wakes_in_the_same_process(self, bed):
+        async with bed.opened() as scheduler:
+            demands = Demands(bed, scheduler)
+            await pool(scheduler, minimum=0, maximum=1, keep_alive_s=5)
+            await demands(3, cold={"tiny-qwen": 1})
+            (replica,) = scheduler._core.state.replicas.values()
+            await demands(15)
+            assert await states(scheduler) == [DeploymentState.ASLEEP]
+            assert bed.cluster.apps[replica.app_name].asleep
+            assert (await scheduler.routes()).starting[0].wakes
+            await demands(2, cold={"tiny-qwen": 1})
+            assert await states(scheduler) == [DeploymentState.READY]
+            assert not bed.cluster.apps[replica.app_name].asleep
+            assert list(scheduler._core.state.replicas) == [replica.replica_id]
+            await demands(1, tiny_qwen=1)
+            kinds = {name.rpartition("/")[2] for name in scheduler._core.state.starts}
+            assert kinds == {"cold", "asleep"}
+
+    async def test_gpu_of_one_that_sleeps_is_free_and_is_taken_again_before_it_wakes(self, bed):
+        """Two models take turns on one GPU; both keep their processes."""
+        async with bed.opened() as scheduler:
+            demands = Demands(bed, scheduler)
+            for name in ("tiny-qwen", "tiny-embed"):
+                await pool(scheduler, name, minimum=0, maximum=1)
+            for asked in ["tiny-qwen", "tiny-embed"] * 3:
+                await demands(14, cold={asked: 1})
+                assert [r.model for r in (await scheduler.routes()).ready] == [asked]
+                awake = [app for app in bed.cluster.apps.values() if not app.asleep]
+                assert len(awake) == 1
+            assert len(bed.cluster.started) > 4
+            assert len(scheduler._core.state.replicas) == 2
+            assert len(bed.cluster.apps) == 2
+
+    async def test_lease_gets_the_gpu_of_one_that_sleeps_and_it_cannot_wake_there(self, bed):
+        async with bed.opened() as scheduler:
+            demands = Demands(bed, scheduler)
+            await pool(scheduler, minimum=0, maximum=1, keep_alive_s=5)
+            await demands(3, cold={"tiny-qwen": 1})
+            await demands(15)
+            booked = await lease(scheduler, 1)
+            await demands(10, cold={"tiny-qwen": 1})
+            assert (await scheduler.lease(booked.lease_id)).state is LeaseState.ACTIVE
+            assert DeploymentState.ASLEEP in await states(scheduler)
+
+    async def test_sleeper_survives_the_schedulers_restart_and_not_its_own_death(self, bed):
+        async with bed.opened() as scheduler:
+            await pool(scheduler, minimum=0, maximum=1, keep_alive_s=5)
+            demands = Demands(bed, scheduler)
+            await demands(3, cold={"tiny-qwen": 1})
+            await demands(15)
+        async with bed.opened() as scheduler:
+            demands = Demands(bed, scheduler)
+            await demands(3)
+            assert await states(scheduler) == [DeploymentState.ASLEEP]
+            bed.cluster.apps.clear()
+            bed.cluster.processes.clear()
+            await demands(4)
+            assert await states(scheduler) == [DeploymentState.COLD]
+            await demands(3, cold={"tiny-qwen": 1})
+            assert await states(scheduler) == [DeploymentState.READY]
+
+    async def test_sleeps_no_longer_than_it_is_worth(self, bed):
+        async with bed.opened() as scheduler:
+            demands = Demands(bed, scheduler)
+            await pool(scheduler, minimum=0, maximum=1, keep_alive_s=5)
+            await demands(3, cold={"tiny-qwen": 1})
+            await demands(15)
+            assert await states(scheduler) == [DeploymentState.ASLEEP]
+            bed.clock.advance(86_400)
+            await demands(3)
+            assert await states(scheduler) == [DeploymentState.COLD]
+            assert bed.cluster.apps == {}
+
+    async def test_without_memory_for_it_nothing_sleeps(self, bed):
+        bed.offers = [replace(bed.offers[0], memory_mib=1)]
+        async with bed.opened() as scheduler:
+            demands = Demands(bed, scheduler)
+            await pool(scheduler, minimum=0, maximum=1, keep_alive_s=5)
+            await demands(3, cold={"tiny-qwen": 1})
+            await demands(15)
+            assert await states(scheduler) == [DeploymentState.COLD]
+
+    async def test_undeployed_while_asleep_it_is_gone(self, bed):
+        async with bed.opened() as scheduler:
+            demands = Demands(bed, scheduler)
+            await pool(scheduler, minimum=0, maximum=1, keep_alive_s=5)
+            await demands(3, cold={"tiny-qwen": 1})
+            await demands(15)
+            await scheduler.undeploy("tiny-qwen")
+            await demands(4)
+            assert bed.cluster.apps == {}
+            assert await scheduler.deployments() == []
