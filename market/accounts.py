@@ -105,6 +105,7 @@ class TransferKind(StrEnum):
     RELEASE = "release"
     FEE = "fee"
     SETTLE = "settle"
+    RESALE = "resale"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,8 @@ from market.errors import InvalidRequest
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_FEE_BPS = 1000
+# Of what a provider earns by selling a lease's idle time, its holder gets so much.
+DEFAULT_RESALE_BPS = 5000
 DEFAULT_ISSUER = "Compute Market"
 DEFAULT_NODE_PATIENCE_S = 60
 DEFAULT_GATEWAYS = 1
@@ -49,6 +51,7 @@ class Config:
     node: str = "local"
     scorer: str = ""
     spares: int = DEFAULT_SPARES
+    resale_bps: int = DEFAULT_RESALE_BPS
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> "Config":
@@ -61,9 +64,7 @@ class Config:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InvalidRequest(f"MARKET_URL={url!r} is no address such as {DEFAULT_URL}")
-        fee = environ.get("MARKET_FEE_BPS") or str(DEFAULT_FEE_BPS)
-        if not fee.isdigit() or int(fee) > 10_000:
-            raise InvalidRequest(f"MARKET_FEE_BPS={fee!r}: basis points from 0 to 10000, e.g. 1000")
+        fee_bps = _bps(environ, "MARKET_FEE_BPS", DEFAULT_FEE_BPS)
         sync = environ.get("MARKET_USAGE_SYNC") or UsageSync.SPOOL
         if sync not in list(UsageSync):
             raise InvalidRequest(f"MARKET_USAGE_SYNC={sync!r}: choose from {', '.join(UsageSync)}")
@@ -76,7 +77,7 @@ class Config:
             home,
             url,
             environ.get("MARKET_DATABASE_URL") or None,
-            int(fee),
+            fee_bps,
             environ.get("MARKET_ISSUER") or DEFAULT_ISSUER,
             UsageSync(sync),
             int(patience),
@@ -84,6 +85,7 @@ class Config:
             sequences,
             scorer=environ.get("MARKET_SCORER") or "",
             spares=_count(environ, "MARKET_SPARES", DEFAULT_SPARES, SPARES_MAX, least=0),
+            resale_bps=_bps(environ, "MARKET_RESALE_BPS", DEFAULT_RESALE_BPS),
         )
 
     @property
@@ -164,6 +166,13 @@ class Config:
         Its own file on SQLite, because the ledger locks its file exclusively.
         """
         return self.database_url or f"sqlite:///{self.state_dir / 'scheduler.db'}"
+
+
+def _bps(environ: Mapping[str, str], name: str, default: int) -> int:
+    text = environ.get(name) or str(default)
+    if not text.isdigit() or int(text) > 10_000:
+        raise InvalidRequest(f"{name}={text!r}: basis points from 0 to 10000, e.g. {default}")
+    return int(text)
 
 
 def _count(

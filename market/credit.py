@@ -44,14 +44,16 @@ class Credit:
 
 
 async def within(
-    chunks: AsyncGenerator[EngineChunk, None], credit: Credit
+    chunks: AsyncGenerator[EngineChunk, None], credit: Credit, begun: int = 0
 ) -> AsyncGenerator[EngineChunk, None]:
     """The same stream as far as ``credit`` reaches; then it ends with ``length``.
+
+    Of the answer, ``begun`` tokens were generated elsewhere before.
 
     A chunk of several tokens cannot be split: until it fits as a whole the stream stands still,
     after an empty chunk that says so (``wants``); if it never does, it is left out.
     """
-    produced = 0
+    produced = begun
     counts = TokenCounts(0, 0, 0)
     async with aclosing(chunks):
         async for chunk in chunks:

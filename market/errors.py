@@ -13,7 +13,8 @@ MarketError
 ├── NotFound                404  unknown model, tenant, deployment ...
 ├── Conflict                409  the same id was used before for something else
 ├── Overloaded              503  try again later (queue full, model starting, ledger restarting)
-│   └── NoCapacity          503  nothing in the cluster can run it
+│   ├── NoCapacity          503  nothing in the cluster can run it
+│   └── Revoked             503  a lease's holder needs its GPU back; goes on elsewhere
 ├── EngineFailed            500  the replica died or broke; never billed
 └── MarketFault             500  a bug or an outage of ours; never billed
 
@@ -161,6 +162,12 @@ class NoCapacity(Overloaded):
     """The cluster has nothing on which this can run; the message says what is missing."""
 
     code = "no_capacity"
+
+
+class Revoked(Overloaded):
+    """The holder of the lease on which the answer was generated asks for something itself."""
+
+    code = "revoked"
 
 
 class EngineFailed(MarketError):

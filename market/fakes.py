@@ -11,7 +11,14 @@ from market import pricing
 from market.accounts import Account, Books, Hold, HoldResult, HoldState, Transfer, TransferKind
 from market.catalog import Model
 from market.credit import Credit, within
-from market.errors import Conflict, EngineFailed, InvalidRequest, NotFound, Overloaded
+from market.errors import (
+    Conflict,
+    EngineFailed,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    Revoked,
+)
 from market.ports import Engine
 from market.types import (
     CURRENCY,
@@ -64,14 +71,15 @@ class FakeClock:
 class FakeEngine:
     """Answers with the tokens 0, 1, 2 ... as far as asked; can die, be slow, or stop early.
 
-    ``fail_at`` kills the first ``failures`` requests after so many tokens; ``gate``, if given, is
-    awaited before each token.
+    ``fail_at`` kills the first ``failures`` requests after so many tokens; ``revoke_at`` sends
+    those away that only borrow a place. ``gate``, if given, is awaited before each token.
     """
 
     stop_after: int | None = None
     cached_input_tokens: int = 0
     fail_at: int | None = None
     failures: int = 1_000_000
+    revoke_at: int | None = None
     gate: asyncio.Semaphore | None = None
     requests: list[EngineRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
@@ -81,7 +89,7 @@ class FakeEngine:
     ) -> AsyncGenerator[EngineChunk, None]:
         """One chunk per token; the text of token n is its number and a space."""
         chunks = self._generate(request)
-        return chunks if credit is None else within(chunks, credit)
+        return chunks if credit is None else within(chunks, credit, request.resumed)
 
     async def _generate(self, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
         self.requests.append(request)
@@ -90,16 +98,18 @@ class FakeEngine:
         last = limit if self.stop_after is None else min(limit, self.stop_after)
         ended = False
         try:
-            for produced in range(1, last + 1):
+            for produced in range(request.resumed + 1, last + 1):
                 if self.gate is not None:
                     await self.gate.acquire()
+                if request.borrowed and self.revoke_at == produced - 1:
+                    ended = True
+                    raise Revoked("the test wants its place")
                 if self.failures > 0 and self.fail_at == produced - 1:
                     self.failures -= 1
                     ended = True
                     raise EngineFailed("killed by the test")
-                counts = TokenCounts(
-                    len(request.prompt_token_ids), self.cached_input_tokens, produced
-                )
+                inputs = len(request.prompt_token_ids) - request.resumed
+                counts = TokenCounts(inputs, self.cached_input_tokens, produced)
                 reason = None
                 if produced == last:
                     stopped = last == self.stop_after
@@ -112,10 +122,12 @@ class FakeEngine:
 
 
 class FakeRoutes:
-    """One model behind one engine at one price."""
+    """One model behind one engine at one price, perhaps with a replica that is ``lent``."""
 
     def __init__(self, route: Route, card: RateCard | None, engine: Engine) -> None:
         self._route, self.card, self._engine = route, card, engine
+        self.lent: Route | None = None
+        self.moves = 0
 
     async def route(self, model: str, principal: Principal) -> Route:
         """Raises NotFound for any other model."""
@@ -123,9 +135,14 @@ class FakeRoutes:
             raise NotFound(f"model {model!r} is not served", code="model_not_found")
         return self._route
 
-    def least_busy(self, route: Route) -> Route:
-        """There is only one."""
-        return route
+    def least_busy(self, route: Route, borrower: str | None) -> Route:
+        """What is lent, if there is anything."""
+        return route if self.lent is None or borrower is None else self.lent
+
+    async def elsewhere(self, route: Route, principal: Principal, *, borrows: bool) -> Route:
+        """The pool's own."""
+        self.moves += 1
+        return self._route
 
     async def another(self, route: Route) -> Route:
         """There is no other."""

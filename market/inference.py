@@ -5,6 +5,7 @@ reserved returns.
 """
 
 import asyncio
+import itertools
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from market.errors import (
     MarketFault,
     Overloaded,
     PermissionDenied,
+    Revoked,
 )
 from market.fairness import input_work
 from market.metering import TELLING, Admission, Ask, Meter, final_reason, make_record
@@ -277,7 +279,11 @@ class Inference:
     async def _dispatch(
         self, admission: Admission, meter: Meter, running: _Running, index: int
     ) -> AsyncGenerator[EngineChunk, None]:
-        """One answer's chunks; one transparent retry if the engine fails before the first token."""
+        """One answer's chunks; one transparent retry if the engine fails before the first token.
+
+        On a lease that was lent it goes on elsewhere, from the token that it had reached, when the
+        lease's holder asks for something itself.
+        """
         ask, limit = admission.ask, admission.output_limit
         sampling = ask.sampling
         seed = None if sampling.seed is None else sampling.seed + index % ask.answers
@@ -294,33 +300,46 @@ class Inference:
             embeds=ask.embeds,
             stream=ask.stream,
         )
-        paid, begun = admission.reservation, False
+        paid, principal = admission.reservation, admission.principal
         # Who can be served elsewhere at once does not wait for a replica to come back.
         tries = DISPATCHES_MAX if admission.choice.otherwise is None else 1
-        for attempt in range(1, tries + 1):
-            meter.dispatched_s = self._clock.monotonic()
-            if attempt == 1:
-                admission.route = self._routes.least_busy(admission.route)
-            else:
-                admission.route = await self._routes.another(admission.route)
-            # Another id on the second try: a half-dead replica may still know the first.
-            name = f"{request.request_id}-{index}-{attempt}"
-            tried = msgspec.structs.replace(request, request_id=name)
+        given: list[int] = []
+        route = self._routes.least_busy(
+            admission.route, principal.subject_id if ask.can_move else None
+        )
+        for number in itertools.count(1):
+            if route.loan is not None and not ask.can_move:
+                route = await self._routes.elsewhere(route, principal, borrows=False)
+            admission.route = route
+            if not given:
+                meter.dispatched_s = self._clock.monotonic()
+            tried = msgspec.structs.replace(
+                request,
+                # Another id each time: a half-dead replica may still know the last.
+                request_id=f"{request.request_id}-{index}-{number}",
+                prompt_token_ids=(*request.prompt_token_ids, *given),
+                resumed=len(given),
+                borrowed=route.loan is not None,
+            )
             tokens = limit if paid is None else paid.block_tokens
             if index not in running.credits:
                 running.credits[index] = Credit(min(tokens, limit), final=tokens >= limit)
             try:
-                engine = self._routes.engine(admission.route)
+                engine = self._routes.engine(route)
                 async with aclosing(engine.generate(tried, running.credits[index])) as chunks:
                     async for chunk in chunks:
-                        begun = begun or bool(chunk.token_ids)
+                        given += chunk.token_ids
                         yield chunk
                         if chunk.finish_reason is not None:
                             return  # complete: what happens to the replica now is not our matter
                 raise EngineFailed("the replica ended its stream without finishing")
+            except Revoked:
+                route = await self._routes.elsewhere(route, principal, borrows=True)
             except (EngineFailed, Overloaded):
-                if begun or attempt == tries:
+                tries -= 1
+                if given or not tries:
                     raise
+                route = await self._routes.another(route)
 
     # -- money while it is generated -------------------------------------------------------------
 

@@ -24,6 +24,8 @@ from market.types import (
 )
 
 CLAIM_MAX = 2**62
+LENT_BY = "lent_by"  # of a record's attrs
+DEFAULT_SAMPLING = Sampling(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,29 @@ class Ask:
     def input_tokens(self) -> int:
         """Tokens of all prompts; each counts once, however many answers it gets."""
         return sum(map(len, self.prompts))
+
+    @property
+    def can_move(self) -> bool:
+        """Whether an answer that was begun can go on elsewhere as if nothing had happened.
+
+        That is so if what comes next depends on the tokens so far alone, not on what an engine
+        remembers of them.
+        """
+        sampling = self.sampling
+        plain = msgspec.structs.replace(
+            DEFAULT_SAMPLING,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            logit_bias=sampling.logit_bias,
+            ignore_eos=sampling.ignore_eos,
+            stop_token_ids=sampling.stop_token_ids,
+            skip_special_tokens=sampling.skip_special_tokens,
+        )
+        parsed = self.grammar is not None or self.chat is not None
+        return self.count == 1 and not parsed and not self.embeds and sampling == plain
 
     @property
     def count(self) -> int:
@@ -184,7 +209,7 @@ def make_record(
         node_id=route.node_id,
         gpu_type=route.gpu_type,
         gpu_milli=route.gpu_milli,
-        lease_id=route.lease_id,
+        lease_id=route.lease_id if route.loan is None else route.loan.lease_id,
         finished_at=finished_at,
         input_tokens=counts.input_tokens,
         cached_input_tokens=counts.cached_input_tokens,
@@ -196,8 +221,18 @@ def make_record(
         queue_ms=meter.elapsed_ms(meter.dispatched_s),
         ttft_ms=meter.elapsed_ms(meter.first_token_s),
         duration_ms=meter.elapsed_ms(finished_s),
-        attrs=(*admission.draft.attrs, *meter.evidence(), *_not_taken(admission, counts, outcome)),
+        attrs=(
+            *admission.draft.attrs,
+            *meter.evidence(),
+            *_lender(route),
+            *_not_taken(admission, counts, outcome),
+        ),
     )
+
+
+def _lender(route: Route) -> tuple[tuple[str, str], ...]:
+    """Who has a part of what is charged: the holder of the lease on which it was generated."""
+    return () if route.loan is None else ((LENT_BY, route.loan.tenant_id),)
 
 
 def _not_taken(

@@ -106,14 +106,24 @@ class Routes(Protocol):
         """Raises NotFound for an unknown model, NoCapacity if it is not ready."""
         ...
 
-    def least_busy(self, route: Route) -> Route:
-        """The replica of the same deployment that has the least to do now."""
+    def least_busy(self, route: Route, borrower: str | None) -> Route:
+        """The replica of the same deployment that has the least to do now.
+
+        If all are busy, an idle lease's that is lent to the tenant ``borrower``.
+        """
         ...
 
     async def another(self, route: Route) -> Route:
         """A replica of the same deployment for a second try, as soon as one can be asked.
 
         Raises EngineFailed if none can.
+        """
+        ...
+
+    async def elsewhere(self, route: Route, principal: Principal, *, borrows: bool) -> Route:
+        """Where a request goes on that cannot stay on a lease that was lent to it.
+
+        Raises EngineFailed if nowhere, NoCapacity if it takes too long.
         """
         ...
 

@@ -207,7 +207,9 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
 
     ``chat``, if there is one, is the chat request as JSON: the engine then turns its text into
     tool calls and reasoning by the model's own parsers. With ``embeds`` a vector is wanted. Without
-    ``stream`` nobody reads the answer before its end.
+    ``stream`` nobody reads the answer before its end. The last ``resumed`` tokens of the prompt are
+    of the answer, which was begun elsewhere; limits and counts are those of the whole. One that is
+    ``borrowed`` uses a lease of somebody else's, as long as that one asks for nothing.
     """
 
     request_id: str
@@ -218,6 +220,8 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
     chat: bytes | None = None
     embeds: bool = False
     stream: bool = True
+    resumed: int = 0
+    borrowed: bool = False
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -263,11 +267,20 @@ class EngineChunk(msgspec.Struct, frozen=True, array_like=True):
 
 
 @dataclass(frozen=True, slots=True)
+class Loan:
+    """A lease whose idle time is sold, and its holder, who has a part of the price."""
+
+    lease_id: str
+    tenant_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
     """A replica that serves a model, and what the ledger writes about the place.
 
     Only keys of ``tenant_id`` may use it, if there is one: the holder of the lease. ``places`` is
     how many answers the replica can generate at once. A model that ``embeds`` does nothing else.
+    On a ``loan`` it is a lease's replica that serves its model's pool while its holder is idle.
     """
 
     model: str
@@ -284,6 +297,7 @@ class Route:
     places: int = 128
     embeds: bool = False
     reasoning_parser: str = ""
+    loan: Loan | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,11 +343,15 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class RouteTable:
-    """Routes that can be used, one per replica, deployments without one, and rules of tenants."""
+    """Routes that can be used, one per replica, deployments without one, and rules of tenants.
+
+    ``lent`` are leases' replicas that serve pools as well.
+    """
 
     ready: tuple[Route, ...]
     starting: tuple[NotReady, ...]
     rules: tuple[Rule, ...] = ()
+    lent: tuple[Route, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,8 @@ COLD_MAX_PER_TENANT = 64
 COLD_WAIT_S = 600.0
 COLD_REFRESH_S = 0.1
 COLD_RETRY_S = 10.0
+# A lease whose holder has just used it is not borrowed again for so long.
+WANTED_BACK_S = 3.0
 
 
 class Prices(Protocol):
@@ -120,6 +122,7 @@ class LiveRoutes:
         self._refreshed = asyncio.Event()
         self._cold: Counter[tuple[str, str]] = Counter()
         self._cold_now = asyncio.Event()
+        self._wanted_back: dict[str, float] = {}
 
     def cold(self) -> dict[str, int]:
         """Requests that wait for a model to start, by model."""
@@ -169,6 +172,7 @@ class LiveRoutes:
                 *(NotReady(r.model, r.deployment_id, r.tenant_id, "starting") for r in gone),
             ),
             rules=table.rules,
+            lent=table.lent,
         )
         self._rules = {}
         for rule in table.rules:
@@ -270,6 +274,8 @@ class LiveRoutes:
         principal: Principal,
         lane: Lane = Lane.TOKENS,
         enough: Callable[[], bool] = lambda: False,
+        *,
+        borrows: bool = True,
     ) -> Route | NotReady | None:
         """Wait for a model's pool to start (or for what is ``enough``).
 
@@ -294,7 +300,7 @@ class LiveRoutes:
         try:
             async with asyncio.timeout(COLD_WAIT_S):
                 while True:
-                    found = self._at(model, None, principal, lane)
+                    found = self._at(model, None, principal, lane, borrows=borrows)
                     if not isinstance(found, NotReady) or not found.wakes or enough():
                         return found
                     await self._refreshed.wait()
@@ -326,10 +332,35 @@ class LiveRoutes:
                 f"the balance is 0; deposit more (market tenants deposit {tenant} AMOUNT)"
             )
 
-    def least_busy(self, route: Route) -> Route:
-        """The replica of the same deployment that has the least to do now, after the queue."""
+    def least_busy(self, route: Route, borrower: str | None) -> Route:
+        """The replica of the same deployment that has the least to do now, after the queue.
+
+        If all are busy, an idle lease's that is lent to the tenant ``borrower``.
+        """
         ready = [r for r in self._table.ready if r.deployment_id == route.deployment_id]
-        return replace(min(ready, key=self._busy, default=route), lane=route.lane)
+        best = min(ready, key=self._busy, default=route)
+        if borrower is not None and not self._has_room(best):
+            best = next(iter(self._lent(route.model, borrower)), best)
+        return replace(best, lane=route.lane)
+
+    async def elsewhere(self, route: Route, principal: Principal, *, borrows: bool) -> Route:
+        """Where a request goes on that cannot stay on a lease that was lent to it.
+
+        A pool at zero is started and waited for. Raises EngineFailed if nowhere, NoCapacity if it
+        takes too long.
+        """
+        self._wanted_back[route.app_name] = time.monotonic() + WANTED_BACK_S
+        until_s = time.monotonic() + COLD_WAIT_S
+        while time.monotonic() < until_s:
+            found = self._at(route.model, None, principal, route.lane, borrows=borrows)
+            if isinstance(found, NotReady) and found.wakes:
+                found = await self.awake(route.model, principal, route.lane, borrows=borrows)
+            if isinstance(found, Route):
+                return replace(found, lane=route.lane)
+            if found is None:
+                break
+            await asyncio.sleep(ANOTHER_POLL_S)
+        raise EngineFailed(f"no replica of {route.model} is left")
 
     async def another(self, route: Route) -> Route:
         """A replica of the same deployment for a second try, as soon as one can be asked.
@@ -421,17 +452,50 @@ class LiveRoutes:
         return self._at(model, None, principal, Lane.TOKENS)
 
     def _at(
-        self, model: str, tenant_id: str | None, principal: Principal, lane: Lane
+        self,
+        model: str,
+        tenant_id: str | None,
+        principal: Principal,
+        lane: Lane,
+        *,
+        borrows: bool = True,
     ) -> Route | NotReady | None:
-        """The same among the replicas of one tenant, or of the pool."""
+        """The same among the replicas of one tenant, or of the pool.
+
+        A pool that has none may borrow an idle lease's.
+        """
         if may_use(principal, lane):
             ready = [r for r in self._table.ready if r.model == model and r.tenant_id == tenant_id]
+            if not ready and tenant_id is None and borrows:
+                ready = self._lent(model, principal.subject_id)
             if ready:
                 return min(ready, key=self._busy)
         for entry in self._table.starting:
             if entry.model == model and entry.tenant_id == tenant_id:
                 return entry
         return None
+
+    def _lent(self, model: str, borrower: str) -> list[Route]:
+        """Leases' replicas that a tenant may borrow a place on now, the least busy first.
+
+        Whether their holders are idle is known where they run: who is sent away there does not
+        come back for a while.
+        """
+        now_s = time.monotonic()
+        found = [
+            route
+            for route in self._table.lent
+            if route.model == model
+            and route.loan is not None
+            and route.loan.tenant_id != borrower
+            and self._wanted_back.get(route.app_name, 0.0) < now_s
+            and self._has_room(route)
+        ]
+        return sorted(found, key=self._busy)
+
+    def _has_room(self, route: Route) -> bool:
+        link = self._engines.get(route.app_name)
+        return link is not None and link.connected and link.streams < route.places
 
     def _busy(self, route: Route) -> tuple[bool, int, str]:
         """A replica that was lost comes last; else the answers under way through this gateway."""

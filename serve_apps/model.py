@@ -28,7 +28,7 @@ from market.cluster.agent import REPLICA_VARIABLE
 from market.cluster.models import fetch
 from market.cluster.node import NODE_LABEL, NODE_VARIABLE, slot_resource
 from market.credit import Credit, within
-from market.errors import MarketError, MarketFault, Overloaded
+from market.errors import MarketError, MarketFault, Overloaded, Revoked
 from market.fairness import spare
 from market.types import (
     Deployment,
@@ -39,6 +39,7 @@ from market.types import (
     Replica,
     ReplicaState,
     Sampling,
+    TokenCounts,
 )
 from serve_apps.engines.base import (
     EngineSettings,
@@ -47,6 +48,7 @@ from serve_apps.engines.base import (
     start_engine,
     warm_engine,
 )
+from serve_apps.lending import Lending
 from serve_apps.link import LinkServer
 
 logger = logging.getLogger(__name__)
@@ -103,6 +105,7 @@ class ModelReplica:
         self._settings: ReplicaSettings | None = None
         self._changing = asyncio.Lock()
         self._awake = asyncio.Event()
+        self._lending = Lending()
         self._served_tokens = 0
         self._said_s = float("-inf")
         self._replica = uuid.uuid4().hex[:12]  # of this process: its count starts at zero
@@ -177,29 +180,33 @@ class ModelReplica:
     async def generate(
         self, request: EngineRequest, credit: Credit
     ) -> AsyncGenerator[EngineChunk, None]:
-        """Stream an answer as far as it is paid for."""
+        """Stream an answer as far as it is paid for. Raises Revoked if it was only lent a place."""
         await self._awake.wait()
         engine, settings = self._engine, self._settings
         assert engine is not None
         assert settings is not None
         if self._link.streams > ROOM * settings.sequences:
             raise Overloaded("the replica's queue is full", retry_after_s=1)
-        delivered = 0
+        delivered = request.resumed  # whoever finishes an answer tells all of it
         first = True
         if not request.stream and not credit.final:
             # An answer in blocks cannot be cut within one, so the engine gives it token by token
             # unless all that it may have is paid for.
             request = msgspec.structs.replace(request, stream=True)
         try:
-            chunks = within(engine.generate(request), credit)
-            async with aclosing(chunks):
-                async for chunk in chunks:
-                    delivered += len(chunk.token_ids)
-                    if chunk.finish_reason is not None:
-                        self._served_tokens += delivered
-                        delivered = 0
-                    yield self._signed(chunk, first)
-                    first = False
+            async with self._lending.turn(borrowed=request.borrowed):
+                chunks = within(_whole(engine, request), credit, request.resumed)
+                async with aclosing(chunks):
+                    async for chunk in chunks:
+                        delivered += len(chunk.token_ids)
+                        if chunk.finish_reason is not None:
+                            self._served_tokens += delivered
+                            delivered = 0
+                        yield self._signed(chunk, first)
+                        first = False
+        except Revoked:
+            delivered = 0
+            raise
         finally:
             self._served_tokens += delivered
 
@@ -228,6 +235,27 @@ class ModelReplica:
         engine = getattr(self, "_engine", None)
         if engine is not None:
             await engine.close()
+
+
+async def _whole(engine: LoadedEngine, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
+    """The engine's chunks, counted as those of the whole answer if it was begun elsewhere."""
+    begun, sampling = request.resumed, request.sampling
+    if begun and sampling.max_tokens is not None:
+        sampling = msgspec.structs.replace(
+            sampling,
+            max_tokens=max(1, sampling.max_tokens - begun),
+            min_tokens=max(0, sampling.min_tokens - begun),
+        )
+        request = msgspec.structs.replace(request, sampling=sampling)
+    async with aclosing(engine.generate(request)) as chunks:
+        async for chunk in chunks:
+            if begun:
+                said = chunk.counts
+                inputs = said.input_tokens - begun
+                cached = min(said.cached_input_tokens, inputs)
+                counts = TokenCounts(inputs, cached, said.output_tokens + begun)
+                chunk = msgspec.structs.replace(chunk, counts=counts)
+            yield chunk
 
 
 def build_app(

@@ -61,7 +61,8 @@ MaxPrice = Annotated[str | None, typer.Option(help="Lease: at most this per GPU-
 Region = Annotated[str | None, typer.Option(help="Lease: only in this region.")]
 Provider = Annotated[str | None, typer.Option(help="Lease: only from this provider.")]
 Resale = Annotated[
-    bool, typer.Option("--resale", help="Lease: its idle time may be sold (nothing does so yet).")
+    bool,
+    typer.Option("--resale", help="Lease: sell its idle time by the token; you get a part of it."),
 ]
 Tenant = Annotated[
     str | None, typer.Option(help="Lease: for whom; a tenant's own key says it already.")

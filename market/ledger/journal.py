@@ -18,7 +18,9 @@ from market.ledger.state import Counters
 from market.storage import to_micros
 
 # Transfers with an id of the caller's: kept by id, so that asking again books nothing.
-_ASKED_KINDS = frozenset({TransferKind.DEPOSIT, TransferKind.FEE, TransferKind.SETTLE})
+_ASKED_KINDS = frozenset(
+    {TransferKind.DEPOSIT, TransferKind.FEE, TransferKind.RESALE, TransferKind.SETTLE}
+)
 
 
 @dataclass(frozen=True, slots=True)

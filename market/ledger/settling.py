@@ -25,6 +25,7 @@ from market.ledger.sealing import Sealer
 from market.ledger.snapshot import MEMORY_LIMIT, THREADS, gone
 from market.ledger.store import LedgerStore
 from market.ledger.writer import Writer
+from market.metering import LENT_BY
 from market.ports import Clock
 from market.pricing import format_money, to_decimal, to_pico
 from market.settlement import Line, Settlement
@@ -33,12 +34,12 @@ logger = logging.getLogger(__name__)
 
 TRIES = 5
 FILE = "settlement.parquet"
-_TEXTS = ("tenant_id", "provider_id", "model", "lane", "kind", "price_id", "currency")
+_TEXTS = ("tenant_id", "provider_id", "model", "lane", "kind", "price_id", "currency", "lent_by")
 _COUNTS = ("rows", "input_tokens", "cached_input_tokens", "output_tokens", "gpu_us")
 LINES = pa.schema(
     [(name, pa.string()) for name in _TEXTS]
     + [(name, pa.int64()) for name in _COUNTS]
-    + [(name, MONEY) for name in ("charge", "fee", "payout")]
+    + [(name, MONEY) for name in ("charge", "fee", "share", "payout")]
 )
 
 
@@ -72,7 +73,8 @@ class Settler:
                 lambda c: self._bounds(c, period, (start, end), dry_run)
             )
             lines = await self._lines(*bounds)
-            settlement = rules.settle(period, bounds, self._config.fee_bps, lines)
+            config = self._config
+            settlement = rules.settle(period, bounds, config.fee_bps, lines, config.resale_bps)
             if not dry_run:
                 crash.reach("settle-lines")
                 await self._writer.on_files(write_lines, self.file(period), settlement)
@@ -89,7 +91,7 @@ class Settler:
     async def _again(self, known: Row[Any], dry_run: bool) -> Settlement:
         bounds = (known.lsn_after, known.lsn_until)
         lines = await self._lines(*bounds)
-        settlement = rules.settle(known.period, bounds, known.fee_bps, lines)
+        settlement = rules.settle(known.period, bounds, known.fee_bps, lines, known.resale_bps)
         path = self.file(known.period)
         stored = await asyncio.to_thread(stored_digest, path)
         if settlement.sha256 != known.sha256 or stored not in (None, known.sha256):
@@ -156,6 +158,7 @@ class Settler:
                 lsn_after=settlement.lsn_after,
                 lsn_until=settlement.lsn_until,
                 fee_bps=settlement.fee_bps,
+                resale_bps=settlement.resale_bps,
                 sha256=settlement.sha256,
                 rows=settlement.rows,
                 charge_pico=settlement.charge_pico,
@@ -182,7 +185,8 @@ def sum_lines(paths: Sequence[Path], after: int, until: int) -> list[Line]:
     """One line per tenant, provider, model, lane, kind and price; needs memory for those only."""
     if not paths:
         return []
-    texts = ", ".join(f"coalesce({name}, '') AS {name}" for name in _TEXTS)
+    sources = {name: name for name in _TEXTS} | {"lent_by": f"attrs['{LENT_BY}']"}
+    texts = ", ".join(f"coalesce({source}, '') AS {name}" for name, source in sources.items())
     sums = ", ".join(
         f"CAST(coalesce(sum({name}), 0) AS BIGINT) AS {name}" for name in _COUNTS if name != "rows"
     )
@@ -233,6 +237,7 @@ def write_lines(path: Path, settlement: Settlement) -> None:
                 "lsn_after": str(settlement.lsn_after),
                 "lsn_until": str(settlement.lsn_until),
                 "fee_bps": str(settlement.fee_bps),
+                "resale_bps": str(settlement.resale_bps),
             }
         )
     files.sync_file(fresh)
@@ -244,7 +249,9 @@ def lines_table(settlement: Settlement) -> pa.Table:
     """The lines as they are stored."""
     rows = []
     for line in settlement.lines:
-        money = {"charge": line.charge_pico, "fee": line.fee_pico, "payout": line.payout_pico}
+        money = {
+            name: getattr(line, f"{name}_pico") for name in ("charge", "fee", "share", "payout")
+        }
         rows.append(asdict(line) | {name: to_decimal(pico) for name, pico in money.items()})
     return pa.Table.from_pylist(rows, schema=LINES)
 
@@ -268,21 +275,22 @@ def read_lines(path: Path) -> Settlement:
     row: dict[str, Any]
     for row in rows:
         money: dict[str, Any] = {
-            f"{name}_pico": to_pico(row.pop(name)) for name in ("charge", "fee")
+            f"{name}_pico": to_pico(row.pop(name)) for name in ("charge", "fee", "share")
         }
         del row["payout"]
         lines.append(Line(**row, **money))
     bounds = (int(said["lsn_after"]), int(said["lsn_until"]))
-    return Settlement(said["period"], *bounds, int(said["fee_bps"]), tuple(lines))
+    rates = (int(said["fee_bps"]), int(said["resale_bps"]))
+    return Settlement(said["period"], *bounds, *rates, tuple(lines))
 
 
 def _summary(settlement: Settlement, settled: bool, created: bool) -> dict[str, Any]:
     providers: dict[str, dict[str, int]] = {}
     for line in settlement.lines:
-        sums = providers.setdefault(line.provider_id, {"charge": 0, "fee": 0, "payout": 0})
-        sums["charge"] += line.charge_pico
-        sums["fee"] += line.fee_pico
-        sums["payout"] += line.payout_pico
+        names = ("charge", "fee", "share", "payout")
+        sums = providers.setdefault(line.provider_id, dict.fromkeys(names, 0))
+        for name in names:
+            sums[name] += getattr(line, f"{name}_pico")
     return {
         "period": settlement.period,
         "settlement_id": settlement.settlement_id,
@@ -294,7 +302,8 @@ def _summary(settlement: Settlement, settled: bool, created: bool) -> dict[str, 
         "fee_bps": settlement.fee_bps,
         "charge": format_money(settlement.charge_pico),
         "fee": format_money(settlement.fee_pico),
-        "payout": format_money(settlement.charge_pico - settlement.fee_pico),
+        "share": format_money(settlement.share_pico),
+        "payout": format_money(sum(line.payout_pico for line in settlement.lines)),
         "sha256": settlement.sha256,
         "providers": [
             {"provider_id": name} | {key: format_money(pico) for key, pico in sums.items()}

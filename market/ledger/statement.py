@@ -35,8 +35,9 @@ class Movement:
 class UsageLine:
     """Totals of one model in one lane; ``model`` is "-" where there is none.
 
-    ``fee`` is for providers only, and None before the period is settled. ``credited_us`` is GPU
-    time of leases that was not charged, because no healthy replica served.
+    ``fee`` and ``share`` (of leases' holders who let idle time be sold) are for providers only, and
+    None before the period is settled. ``credited_us`` is GPU time of leases that was not charged,
+    because no healthy replica served.
     """
 
     model: str
@@ -49,6 +50,7 @@ class UsageLine:
     charge: Decimal
     fee: Decimal | None
     credited_us: int = 0
+    share: Decimal | None = None
 
     @property
     def payout(self) -> Decimal | None:
@@ -56,7 +58,7 @@ class UsageLine:
         if self.fee is None:
             return None
         with localcontext(prec=DIGITS):
-            return self.charge - self.fee
+            return self.charge - self.fee - (self.share or 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,7 @@ def as_json(statement: Statement) -> dict[str, Any]:
         if statement.party is Party.PROVIDER:
             shown["payout"] = _plain(line.payout)
         else:
-            del shown["fee"]
+            del shown["fee"], shown["share"]
     return value
 
 
@@ -75,7 +75,7 @@ def as_csv(statement: Statement) -> str:
 
     ``amount`` moves or is the balance, ``charge`` is usage; no column mixes the two.
     """
-    shares = ("fee", "payout") if statement.party is Party.PROVIDER else ()
+    shares = ("fee", "share", "payout") if statement.party is Party.PROVIDER else ()
     about = {
         "statement_id": statement.statement_id,
         "party": statement.party,
@@ -223,9 +223,12 @@ def _usage_tables(statement: Statement) -> list[_Table]:
     if not provider:
         return [usage]
     payout = _Table(
-        title="Charge, fee and payout per model and lane",
+        title="Charge, fee, holders' share and payout per model and lane",
         texts=2,
-        columns=("Model", "Lane", f"Charge ({unit})", f"Fee ({unit})", f"Payout ({unit})"),
+        columns=(
+            *("Model", "Lane", f"Charge ({unit})", f"Fee ({unit})"),
+            *(f"Holders' share ({unit})", f"Payout ({unit})"),
+        ),
         rows=tuple(_payout_cells(line) for line in lines),
         total=_payout_cells(total),
     )
@@ -241,7 +244,8 @@ def _usage_cells(line: UsageLine, provider: bool, credits: bool) -> tuple[str, .
 
 
 def _payout_cells(line: UsageLine) -> tuple[str, ...]:
-    return (line.model, line.lane, _money(line.charge), _money(line.fee), _money(line.payout))
+    amounts = (line.charge, line.fee, line.share, line.payout)
+    return (line.model, line.lane, *map(_money, amounts))
 
 
 def _day_table(statement: Statement) -> _Table:
@@ -267,6 +271,7 @@ def _day_cells(title: str, days: Sequence[DayTotal]) -> tuple[str, ...]:
 
 def _total(lines: Sequence[UsageLine]) -> UsageLine:
     fees = [line.fee for line in lines if line.fee is not None]
+    shares = [line.share for line in lines if line.share is not None]
     return UsageLine(
         model="Total",
         lane="",
@@ -278,6 +283,7 @@ def _total(lines: Sequence[UsageLine]) -> UsageLine:
         charge=_sum(line.charge for line in lines),
         # A total over the known fees only would look like the whole.
         fee=_sum(fees) if len(fees) == len(lines) else None,
+        share=_sum(shares) if len(shares) == len(lines) else None,
         credited_us=sum(line.credited_us for line in lines),
     )
 

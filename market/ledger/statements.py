@@ -75,7 +75,7 @@ def build(
                 "GROUP BY name"
             ).fetchall()
         }
-    fees = _fees(party, month)
+    parts = _settled_parts(party, month)
     statements = {}
     for name in names:
         opening, movements = balances[account(name)]
@@ -93,7 +93,12 @@ def build(
             closing=to_decimal(sum(map(to_pico, (opening, *(m.amount for m in movements))))),
             movements=movements,
             lines=tuple(
-                UsageLine(**line, fee=_fee(fees, name, line)) for line in lines.get(name, ())
+                UsageLine(
+                    **line,
+                    fee=_part(parts, name, line, "fee"),
+                    share=_part(parts, name, line, "share"),
+                )
+                for line in lines.get(name, ())
             ),
             days=tuple(days.get(name, ())),
             lsn_lo=lsn_lo,
@@ -170,17 +175,31 @@ def _days(connection: duckdb.DuckDBPyConnection) -> dict[str, list[DayTotal]]:
     return days
 
 
-def _fees(party: Party, month: Month) -> dict[tuple[str, str, str], Decimal] | None:
-    """Fees per provider, model and lane, once the month is settled."""
+PARTS = ("fee", "share")
+
+
+def _settled_parts(
+    party: Party, month: Month
+) -> dict[tuple[str, str, str], dict[str, Decimal]] | None:
+    """Fee and share per provider, model and lane, once the month is settled."""
     if party is not Party.PROVIDER or month.settlement_file is None:
         return None
-    picos: dict[tuple[str, str, str], int] = defaultdict(int)
+    picos: dict[tuple[str, str, str], dict[str, int]] = defaultdict(lambda: dict.fromkeys(PARTS, 0))
     for line in read_lines(month.settlement_file).lines:
-        picos[line.provider_id, line.model or "-", line.lane] += line.fee_pico
-    return {key: to_decimal(pico) for key, pico in picos.items()}
+        sums = picos[line.provider_id, line.model or "-", line.lane]
+        sums["fee"] += line.fee_pico
+        sums["share"] += line.share_pico
+    return {
+        key: {part: to_decimal(pico) for part, pico in sums.items()} for key, sums in picos.items()
+    }
 
 
-def _fee(
-    fees: dict[tuple[str, str, str], Decimal] | None, name: str, line: dict[str, Any]
+def _part(
+    parts: dict[tuple[str, str, str], dict[str, Decimal]] | None,
+    name: str,
+    line: dict[str, Any],
+    part: str,
 ) -> Decimal | None:
-    return None if fees is None else fees.get((name, line["model"], line["lane"]), ZERO)
+    if parts is None:
+        return None
+    return parts.get((name, line["model"], line["lane"]), {}).get(part, ZERO)

@@ -170,6 +170,7 @@ settlements = Table(
     Column("lsn_after", BigInteger, nullable=False),
     Column("lsn_until", BigInteger, nullable=False),
     Column("fee_bps", Integer, nullable=False),
+    Column("resale_bps", Integer, nullable=False),
     Column("sha256", String, nullable=False),
     Column("rows", BigInteger, nullable=False),
     Column("charge_pico", Pico, nullable=False),

@@ -206,6 +206,10 @@ class Core:
         leases = [v for v in self.state.leases.values() if v.state is not LeaseState.CLOSED]
         return sorted(leases, key=lambda lease: (lease.created_at, lease.lease_id))
 
+    def lent(self, model: str) -> list[Lease]:
+        """A model's open leases whose holders let idle time be sold."""
+        return [lease for lease in self.open_leases() if lease.resale and lease.model == model]
+
     def replicas_of(self, deployment_id: str) -> list[Replica]:
         """A deployment's replicas, oldest first."""
         own = [r for r in self.state.replicas.values() if r.deployment_id == deployment_id]

@@ -94,12 +94,20 @@ class Elastic:
         pool = Snapshot(
             bounds=deployment.bounds,
             costs=self._costs(deployment, model, present),
-            demand=self._shares.demand(deployment.model),
+            demand=self._shares.demand(deployment.model, self._lent(deployment.model)),
             places=core.config.sequences,
             replicas=len(present),
             serving=sum(r.state is ReplicaState.READY for r in present),
         )
         return memory.decide(pool, now_s)
+
+    def _lent(self, model: str) -> list[tuple[str, str]]:
+        """(application, lease) of leases' replicas that serve the model's pool while idle."""
+        return [
+            (replica.app_name, lease.lease_id)
+            for lease in self._core.lent(model)
+            for replica in self._core.replicas_of(lease.lease_id)
+        ]
 
     async def _grow(self, deployment: Deployment, count: int) -> None:
         """Take back what drains, then wake what sleeps, then start anew, or make room."""

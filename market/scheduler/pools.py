@@ -43,8 +43,12 @@ class Pools:
                     if changed != known and not dry_run:
                         await core.store.save([changed])
                     return changed, tuple(core.replicas_of(known.deployment_id))
-            # Also one that begins with none must fit somewhere.
-            places = self._pool_places(model, max(1, bounds.minimum))
+            lent = core.lent(model.name)
+            if lent and bounds.minimum == 0:  # leases' idle time can be sold, if nothing else
+                places: tuple[Place, ...] = ()
+                engine = engine or lent[0].engine
+            else:  # also one that begins with none must fit somewhere
+                places = self._pool_places(model, max(1, bounds.minimum))
             if engine is None:
                 physical = [p for p in places if self._is_physical(p)]
                 engine = "vllm" if physical and not model.embeds else "transformers"

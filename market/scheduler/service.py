@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -36,6 +37,7 @@ from market.types import (
     LanePolicy,
     Lease,
     LeaseState,
+    Loan,
     Mode,
     NotReady,
     Offer,
@@ -332,7 +334,7 @@ class Scheduler:
                         wakes=deployment.bounds.minimum == 0 and state in WAKING,
                     )
                 )
-        return RouteTable(tuple(ready), tuple(starting), self._rules.all())
+        return RouteTable(tuple(ready), tuple(starting), self._rules.all(), self._lent(ready))
 
     async def grant(self, ask: SliceAsk) -> HoldResult:
         """Open or grow a gateway's token slice. See Shares.grant."""
@@ -354,6 +356,27 @@ class Scheduler:
             "spares_ready": self._keeper.spares_ready(),
             "start_s": {name: round(cost.seconds, 3) for name, cost in state.starts.items()},
         }
+
+    def _lent(self, ready: Sequence[Route]) -> tuple[Route, ...]:
+        """Leases' replicas whose holders let idle time be sold, as their model's pool's."""
+        pools = {
+            deployment.model: deployment
+            for deployment in self._core.state.deployments.values()
+            if deployment.mode is Mode.TOKENS and not deployment.stopping
+        }
+        leases = self._core.state.leases
+        return tuple(
+            replace(
+                route,
+                lane=Lane.TOKENS,
+                deployment_id=pools[route.model].deployment_id,
+                tenant_id=None,
+                lease_id=None,
+                loan=Loan(route.lease_id, leases[route.lease_id].tenant_id),
+            )
+            for route in ready
+            if route.lease_id in leases and leases[route.lease_id].resale and route.model in pools
+        )
 
     def _route(self, deployment: Deployment, replica: Replica) -> Route:
         model = catalog.find(deployment.model)

@@ -1,7 +1,8 @@
 """Token slices and shares of pools: what gateways ask for, and what they are told of each other."""
 
 import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -115,7 +116,7 @@ class Shares:
             pool = self._pools.setdefault(pool_name, PoolLedger())
             self._measure(pool_name, report.producer, own, now_s)
             pool.report(report.producer, own)
-        places = pool_places(routes)
+        places = pool_places(routes, self._in_use())
         recalls = {
             tenant
             for tenant, (asker, until_s) in self._recalls.items()
@@ -141,16 +142,31 @@ class Shares:
         """Whether any gateway has said what it does: else nobody knows what is asked."""
         return bool(self._gateways)
 
-    def demand(self, pool_name: str) -> Demand:
-        """What all gateways together ask of a pool."""
+    def demand(self, pool_name: str, lent: Iterable[tuple[str, str]] = ()) -> Demand:
+        """What all gateways together ask of a pool's own replicas.
+
+        Not what runs on leases that are ``lent``: (application, lease).
+        """
         reports = [gateway.report for gateway in self._gateways.values()]
         pools = [report.pools[pool_name] for report in reports if pool_name in report.pools]
         return Demand(
-            running=sum(pool.running for pool in pools),
+            running=max(0, sum(pool.running for pool in pools) - self._borrowed(lent)),
             waiting=sum(pool.waiting for pool in pools),
             cold=sum(report.cold.get(pool_name, 0) for report in reports),
             finished_per_s=sum(pool.finished_per_s for pool in pools),
         )
+
+    def _borrowed(self, lent: Iterable[tuple[str, str]]) -> int:
+        own = self._in_use()
+        return sum(max(0, self.streams(app) - own.get(lease_id, 0)) for app, lease_id in lent)
+
+    def _in_use(self) -> dict[str, int]:
+        """Requests that run or wait, by pool and lease."""
+        found: Counter[str] = Counter()
+        for gateway in self._gateways.values():
+            for name, pool in gateway.report.pools.items():
+                found[name] += pool.running + pool.waiting
+        return found
 
     def streams(self, app_name: str) -> int:
         """Answers under way on a replica."""
@@ -203,10 +219,14 @@ class Shares:
             pool.remove(producer)
 
 
-def pool_places(routes: RouteTable) -> dict[str, int]:
-    """How many answers each pool's ready replicas can generate at once."""
-    places: dict[str, int] = {}
+def pool_places(routes: RouteTable, in_use: Mapping[str, int]) -> dict[str, int]:
+    """How many answers each pool's ready replicas, and idle leases that are lent, can generate at
+    once.
+    """
+    places: Counter[str] = Counter()
     for route in routes.ready:
-        name = route.lease_id or route.model
-        places[name] = places.get(name, 0) + route.places
+        places[route.lease_id or route.model] += route.places
+    for route in routes.lent:
+        if route.loan is not None and not in_use.get(route.loan.lease_id):
+            places[route.model] += route.places
     return places

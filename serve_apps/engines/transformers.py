@@ -122,6 +122,8 @@ class TransformersEngine:
         if accepted is None:
             raise EngineFailed("the generation thread takes no more requests")
         text = Detokenizer(self._tokenizer, sampling.stop)
+        if request.resumed:  # what was given before, perhaps up to the middle of a character
+            text.add(request.prompt_token_ids[-request.resumed :])
         produced, finish = 0, None
         try:
             while finish is None:

@@ -274,14 +274,15 @@ def test_gateway_killed_while_a_hybrid_spills_costs_nobody_anything(shared):
     again = asked(acme, 1)
     assert again[0][0]["x-market-lane"] in ("lease", "spill")
 
-    def agrees():
+    def cut_off():
+        """Once the ledger says what the balance says, and has them."""
         rows = shared.ledger()
-        charged = rows[rows["tenant_id"] == acme.name]["charge"].sum()
-        return Decimal(acme.balance()["balance"]) == 10 - charged
+        rows = rows[rows["tenant_id"] == acme.name]
+        agrees = Decimal(acme.balance()["balance"]) == 10 - rows["charge"].sum()
+        found = rows[rows["finish_reason"] == "market_fault"]
+        return found if agrees and len(found) else None
 
-    wait_until(agrees, "a ledger that says what the balance says")
-    rows = shared.ledger()
-    cut = rows[(rows["tenant_id"] == acme.name) & (rows["finish_reason"] == "market_fault")]
+    cut = wait_until(cut_off, "rows of those that were cut off")
     # One that still waited for its money was not admitted: it has no row.
     assert 1 <= len(cut) <= lanes.count(None)
     assert set(cut["charge"]) == {0}
@@ -374,3 +375,49 @@ def test_wrong_options_say_what_to_do_and_change_nothing(shared):
     assert [d["deployment_id"] for d in shared.cli("deployments")] == [
         d["deployment_id"] for d in before
     ]
+
+
+def test_idle_time_of_a_lease_is_sold_and_taken_back_in_the_middle_of_an_answer(shared):
+    """The buyer's text is the one it would have been; the holder is served at once, and earns."""
+    for model in FOUR[1:]:
+        shared.cli("undeploy", model, "--yes")
+    shared.cli("deploy", MODEL, "--replicas", "0:1", "--keep-alive", "2s")
+    wait_until(lambda: pool_of(shared)["state"] == "cold" or None, "the pool's sleep", 120)
+    lender, buyer = shared.tenant(), shared.tenant()
+    lease = ("--mode", "lease", "--gpus", "0.36", "--term", "1h", "--resale")
+    deployed = shared.cli("deploy", MODEL, *lease, "--tenant", lender.name)
+    lease_id = deployed["lease"]["lease_id"]
+    wait_until(lambda: shared.lease(lease_id)["state"] == "active" or None, "the lease", 120)
+    long = {"max_tokens": 1800, "temperature": 0}
+    ((first, whole),) = asked(buyer, 1, **long)
+    assert first["x-market-lane"] == "tokens"
+    assert pool_of(shared)["state"] == "cold"
+
+    client, text = buyer.client(), ""
+    messages = [{"role": "user", "content": "What is a list?"}]
+    stream = client.chat.completions.create(
+        model=MODEL, messages=messages, stream=True, extra_body={"ignore_eos": True}, **long
+    )
+    own = None
+    for chunk in stream:
+        text += chunk.choices[0].delta.content or ""
+        if own is None and text:
+            own = asked(lender, 1, max_tokens=5)[0][0]
+    assert (own["x-market-lane"], own["x-market-lease-id"]) == ("lease", lease_id)
+    assert text == whole.choices[0].message.content
+    rows = buyer.rows(2).sort_values("lsn")
+    attrs = [dict(row) for row in rows["attrs"]]
+    assert [a.get("lent_by") for a in attrs] == [lender.name, None]
+    assert list(rows["output_tokens"]) == [1800, 1800]
+    assert rows["charge"].nunique() == 1
+    assert Decimal(buyer.balance()["balance"]) == 10 - rows["charge"].sum()
+    month = rows["booked_at"].iloc[0].strftime("%Y-%m")
+    settled = shared.cli("settle", "--period", month, "--dry-run")
+    assert Decimal(settled["share"]) == rows["charge"].iloc[0] * Decimal("0.9") * Decimal("0.5")
+
+
+def pool_of(market):
+    (found,) = (
+        d for d in market.get("/deployments") if d["model"] == MODEL and d["mode"] == "tokens"
+    )
+    return found

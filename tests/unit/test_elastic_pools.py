@@ -9,11 +9,15 @@ from market.errors import (
     InvalidRequest,
     NoCapacity,
 )
+from market.fairness import PoolReport
+from market.scheduler.shares import GatewayReport
 from market.types import (
     AppStatus,
     DeploymentState,
     Gpu,
+    Lane,
     LeaseState,
+    Loan,
 )
 from tests.boxes import FARM, Box, Demands, lease, pool, states
 
@@ -358,3 +362,64 @@ class TestSleep:
             await demands(4)
             assert bed.cluster.apps == {}
             assert await scheduler.deployments() == []
+
+
+class TestResale:
+    """A lease whose holder let idle time be sold serves its model's pool."""
+
+    async def lent(self, farm, scheduler, **bounds):
+        booked = await lease(scheduler, 1, resale=True)
+        await pool(scheduler, **{"minimum": 0, "maximum": 1} | bounds)
+        await Demands(farm, scheduler)(3)
+        return booked
+
+    async def test_its_replica_is_one_of_the_pool_with_its_holder_named(self, farm):
+        async with farm.opened() as scheduler:
+            booked = await self.lent(farm, scheduler)
+            table = await scheduler.routes()
+            (own,), (lent,) = table.ready, table.lent
+            assert lent.app_name == own.app_name
+            assert (lent.tenant_id, lent.lease_id, lent.lane) == (None, None, Lane.TOKENS)
+            assert lent.loan == Loan(booked.lease_id, "acme")
+
+    async def test_not_without_the_holders_consent_nor_without_a_pool(self, farm):
+        async with farm.opened() as scheduler:
+            await lease(scheduler, 1)
+            await lease(scheduler, 2, resale=True, model="smollm2-135m")
+            await Demands(farm, scheduler)(3)
+            assert (await scheduler.routes()).lent == ()
+            await pool(scheduler, "smollm2-135m", minimum=0, maximum=1)
+            with pytest.raises(NoCapacity):
+                await pool(scheduler, minimum=0, maximum=1)
+            assert [r.model for r in (await scheduler.routes()).lent] == ["smollm2-135m"]
+
+    async def test_what_runs_on_it_makes_the_pool_start_nothing(self, farm):
+        async with farm.opened() as scheduler:
+            await self.lent(farm, scheduler)
+            (lent,) = (await scheduler.routes()).lent
+            demands = Demands(farm, scheduler)
+            await demands(5, streams={lent.app_name: 4}, tiny_qwen=4)
+            assert DeploymentState.COLD in await states(scheduler)
+            await demands(2, streams={lent.app_name: 4}, tiny_qwen=5)  # one is not on it
+            assert DeploymentState.COLD not in await states(scheduler)
+
+    async def test_its_places_are_the_pools_only_while_its_holder_is_idle(self, farm):
+        async with farm.opened() as scheduler:
+            booked = await self.lent(farm, scheduler)
+
+            async def places(own):
+                reports = {
+                    name: PoolReport(running, 0, {}, {}, frozenset(), {})
+                    for name, running in (("tiny-qwen", 1), (booked.lease_id, own))
+                }
+                report = GatewayReport("gw0", 1, reports, frozenset())
+                return (await scheduler.sync(report)).pools["tiny-qwen"].places
+
+            assert await places(own=0) == farm.config.sequences
+            assert await places(own=1) is None
+
+    async def test_no_longer_when_the_lease_is_over(self, farm):
+        async with farm.opened() as scheduler:
+            booked = await self.lent(farm, scheduler)
+            await scheduler.release(booked.lease_id)
+            assert (await scheduler.routes()).lent == ()

@@ -21,7 +21,18 @@ from market.errors import (
 from market.fakes import FakeEngine
 from market.metering import Ask
 from market.routing import Choice
-from market.types import FinishReason, Lane, Principal, Role, Sampling, UsageQuality, UsageRecord
+from market.types import (
+    FinishReason,
+    Grammar,
+    GrammarKind,
+    Lane,
+    Loan,
+    Principal,
+    Role,
+    Sampling,
+    UsageQuality,
+    UsageRecord,
+)
 from tests.gateways import PROMPT, gateway
 from tests.samples import ACME, CARD, ROUTE
 
@@ -418,3 +429,89 @@ async def test_durations_are_those_of_the_monotonic_clock():
     here.engine.gate.release()
     _, record = [event async for event in events]
     assert (record.queue_ms, record.ttft_ms, record.duration_ms) == (250, 750, 1750)
+
+
+class TestBorrowedPlace:
+    """A lease's idle replica serves a request of its model's pool, until its holder wants it."""
+
+    LENT = dataclasses.replace(
+        ROUTE, app_name="lent", node_id="elsewhere", loan=Loan("lease-1", "lender")
+    )
+
+    async def lent(self, **engine):
+        here = await market(FakeEngine(**engine))
+        here.routes.lent = self.LENT
+        return here
+
+    async def test_is_recorded_as_lent_at_the_price_of_the_pool(self):
+        here = await self.lent()
+        await here.answer()
+        record, balance = await here.settled()
+        assert (record.lane, record.lease_id, record.node_id) == (
+            Lane.TOKENS,
+            "lease-1",
+            "elsewhere",
+        )
+        assert dict(record.attrs)["lent_by"] == "lender"
+        assert record.charge_pico == 10 * CARD.input_pico + 5 * CARD.output_pico
+        assert balance == 10**12 - record.charge_pico
+
+    async def test_goes_on_elsewhere_at_the_very_token_and_nobody_notices(self):
+        here = await self.lent(revoke_at=3)
+        *chunks, record = await here.answer(max_tokens=7)
+        assert "".join(chunk.text for chunk in chunks) == "0 1 2 3 4 5 6 "
+        first, second = here.engine.requests
+        assert (first.borrowed, first.resumed) == (True, 0)
+        assert (second.borrowed, second.resumed) == (False, 3)
+        assert second.prompt_token_ids == (*PROMPT, 0, 1, 2)
+        assert (record.input_tokens, record.output_tokens) == (10, 7)
+        assert record.claimed_output_tokens == 7
+        assert record.finish_reason is FinishReason.LENGTH
+        assert "lent_by" not in dict(record.attrs)  # whose holder took it back earns nothing
+        assert record.node_id == ROUTE.node_id
+
+    async def test_is_refused_before_the_first_token_and_served_by_the_pool(self):
+        here = await self.lent(revoke_at=0)
+        *_, record = await here.answer()
+        assert (record.output_tokens, here.routes.moves) == (5, 1)
+
+    async def test_money_that_ends_on_the_way_ends_the_answer_at_the_same_token(self):
+        first_block = pricing.format_money(pricing.ceiling(10, 300, CARD))
+        here = await market(FakeEngine(revoke_at=200), balance=first_block)
+        here.routes.lent = self.LENT
+        await here.answer(max_tokens=900)
+        record, balance = await here.settled()
+        assert (record.finish_reason, record.output_tokens) == (FinishReason.BUDGET, 300)
+        assert balance == 0
+
+    @pytest.mark.parametrize(
+        "more",
+        [
+            {"answers": 2},
+            {"grammar": Grammar(GrammarKind.JSON_OBJECT, "")},
+            {"chat": b"{}"},
+            {"sampling": Sampling(5, seed=1)},
+            {"sampling": Sampling(5, stop=("x",))},
+            {"sampling": Sampling(5, presence_penalty=0.5)},
+            {"sampling": Sampling(5, logprobs=1)},
+        ],
+        ids=str,
+    )
+    async def test_answers_that_cannot_go_on_elsewhere_do_not_borrow(self, more):
+        ask = Ask((PROMPT,), **({"sampling": Sampling(5)} | more))
+        assert not ask.can_move
+        assert Ask((PROMPT,), Sampling(5, temperature=0.3, top_p=0.9)).can_move
+        here = await self.lent()
+        admission = await here.inference.admit(ACME, Choice(ROUTE), ask)
+        async for _ in here.inference.stream(admission):
+            pass
+        assert not any(request.borrowed for request in here.engine.requests)
+
+    async def test_where_only_a_lease_is_there_they_wait_for_the_pool(self):
+        here = await self.lent()
+        ask = Ask((PROMPT,), Sampling(5, seed=1))
+        admission = await here.inference.admit(ACME, Choice(self.LENT), ask)
+        async for _ in here.inference.stream(admission):
+            pass
+        assert here.routes.moves == 1
+        assert not here.engine.requests[0].borrowed

@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import UTC, date, datetime
 from decimal import Decimal
 
+import msgspec
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,6 +30,7 @@ from market.ledger.schema import encode_batch
 from market.ledger.service import Ledger
 from market.ledger.settling import read_lines
 from market.ledger.statement import Party
+from market.metering import LENT_BY
 from market.pricing import format_money, to_decimal
 from market.types import FinishReason, TokenCounts
 from tests.contracts.test_ledger import record
@@ -79,7 +81,9 @@ class Months(Box):
         await ledger.add_rate_cards([ODD], only_new_models=False)
         await ledger.transfer(deposit("5", "deposit-bolt", "bolt"))
 
-    async def use(self, ledger, tenant="acme", provider="local", card=CARD, number=0, **changes):
+    async def use(
+        self, ledger, tenant="acme", provider="local", card=CARD, number=0, attrs=(), **changes
+    ):
         """One request; returns its id and charge."""
         self._requests += 1
         name, cost = f"req-{self._requests}", charge(card, number)
@@ -98,7 +102,7 @@ class Months(Box):
         await ledger.open_hold(request)
         about = {"request_id": name, "provider_id": provider, "price_id": card.price_id}
         made = record(request, FinishReason.STOP, counts(number), **about)
-        made = with_charge(made, charge(card, number))
+        made = msgspec.structs.replace(made, charge_pico=charge(card, number), attrs=attrs)
         self.seq = await ledger.append("gw0", self.epoch, self.seq, encode_batch([made]))
         await ledger.end_hold("gw0", self.epoch, request.hold_id)
         return name, cost
@@ -114,11 +118,6 @@ class Months(Box):
 
     def settlement_file(self, period=NOVEMBER):
         return self.config.statements_dir / period / "settlement.parquet"
-
-
-def with_charge(made, charge_pico):
-    values = {name: getattr(made, name) for name in made.__struct_fields__}
-    return type(made)(**(values | {"charge_pico": charge_pico}))
 
 
 def earned(provider=None, tenant=None):
@@ -220,6 +219,31 @@ class TestSettle:
         assert set(moved[columns].itertuples(index=False, name=None)) == expected
         assert all(name.startswith(summary["settlement_id"]) for name in moved["transfer_id"])
         assert set(moved["made_by"]) == {"key-op"}
+
+    async def test_holder_of_a_lease_whose_idle_time_was_sold_has_its_share(self, box, ledger):
+        """Of what the provider earned by it; a refund takes nothing of it back."""
+        box.clock.advance(-DAY)
+        lent = ((LENT_BY, "bolt"),)
+        name, cost = await box.use(ledger, "acme", "local", CARD, 4, attrs=lent)
+        await ledger.refund(Refund("refund-1", "acme", "sorry", "key-op", request_id=name))
+        box.clock.advance(DAY)
+        before = await balances(ledger)
+        summary = await settle(ledger)
+        after = await balances(ledger)
+        share = pricing.fee(cost - pricing.fee(cost, 1000), 5000)
+        assert share > 0
+        assert after[tenant_account("bolt")] - before[tenant_account("bolt")] == share
+        assert summary["share"] == format_money(share)
+        (moved,) = box.transfers().query("kind == 'resale'").itertuples()
+        assert (moved.debit_account, moved.credit_account) == (
+            provider_account("local"),
+            tenant_account("bolt"),
+        )
+        assert after[provider_account("local")] == 0
+        assert await settle(ledger) == summary | {"created": False}
+        assert (await ledger.verify())["finding"] is None
+        report = await ledger.statement(Party.PROVIDER, "local", NOVEMBER)
+        assert sum(line.share for line in report.lines) == to_decimal(share)
 
     async def test_leaves_a_ledger_that_verifies(self, ledger):
         await settle(ledger)

@@ -225,9 +225,9 @@ class TestHtml:
 
     def test_an_unknown_fee_is_a_dash_also_in_the_total(self):
         page = pages.as_html(replace(PROVIDER, lines=(*PROVIDER.lines, SETTLED.lines[1])))
-        money = page[page.index("Charge, fee and payout") :]
+        money = page[page.index("Charge, fee, holders&#39; share") :]
         total = money[money.index('<th scope="row">Total</th>') :]
-        assert total[: total.index("</tr>")].count('<td class="number">-</td>') == 2
+        assert total[: total.index("</tr>")].count('<td class="number">-</td>') == 3
 
     def test_a_statement_without_usage_has_no_chart(self):
         page = pages.as_html(UNUSED)

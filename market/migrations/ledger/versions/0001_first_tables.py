@@ -164,6 +164,7 @@ def upgrade() -> None:
         sa.Column("lsn_after", sa.BigInteger(), nullable=False),
         sa.Column("lsn_until", sa.BigInteger(), nullable=False),
         sa.Column("fee_bps", sa.Integer(), nullable=False),
+        sa.Column("resale_bps", sa.Integer(), nullable=False),
         sa.Column("sha256", sa.String(), nullable=False),
         sa.Column("rows", sa.BigInteger(), nullable=False),
         sa.Column("charge_pico", market.storage.Pico(), nullable=False),
