@@ -1,11 +1,12 @@
 """How many replicas a pool should have. Pure: a snapshot in, a decision with its reason out.
 
-Up at once, down late. A pool needs as many replicas as the larger of two says: requests that run or
-wait against places, and requests that wait against the rate at which others finish. It shrinks to
-the most that it needed within the last while (stabilisation as in Kubernetes' horizontal
-autoscaler), so a load that comes and goes does not make it flap; it falls to zero when holding an
-idle replica has cost as much as waking it would (the ski-rental rule: at most twice the cost of
-knowing the future; Karlin et al., 1988).
+Up at once, down late. A pool needs as many replicas as the largest of these says: requests that run
+or wait against places; requests that wait against the rate at which others finish; the work it is
+given, and what is asked for in slices, against what a replica has been seen to do; the KV cache in
+use; what is usual at this time of day (forecast.py). It shrinks to the most that it needed within
+the last while (stabilisation as in Kubernetes' horizontal autoscaler), so a load that comes and
+goes does not make it flap; it falls to zero when holding an idle replica has cost as much as waking
+it would (the ski-rental rule: at most twice the cost of knowing the future; Karlin et al., 1988).
 """
 
 import math
@@ -19,6 +20,11 @@ from market.types import Bounds
 # Of a pool's places, so many may be in use before another replica is worth its start.
 PLACES_USED = 0.8
 WHOLE_MILLI = 1000
+# Of a replica's KV cache and of its known speed, so much may be in use.
+KV_USED = 0.8
+WORK_USED = 0.8
+# A signal about one replica's limits asks for at most so many times as many.
+GROWTH_MAX = 2.0
 # Whoever waits is to be served within this time.
 WAIT_S = 5.0
 STABLE_S = 120.0
@@ -41,6 +47,10 @@ class Signal(StrEnum):
     BOUNDS = "bounds"
     REQUESTS = "requests"
     BACKLOG = "backlog"
+    WORK = "work"
+    SLICES = "slices"
+    KV = "kv"
+    FORECAST = "forecast"
     BUDGET = "budget"
     IDLE = "idle"
     STEADY = "steady"
@@ -50,13 +60,18 @@ class Signal(StrEnum):
 class Demand:
     """What is asked of a pool right now, over all gateways.
 
-    ``cold``: requests for which no replica is there. ``finished_per_s``: requests.
+    ``cold``: requests for which no replica is there. ``finished_per_s``: requests. Work is in
+    weighted tokens (fairness.py) a second: ``work`` was done, ``asked`` is what slices were asked
+    for. ``kv_used`` is of all serving replicas' KV cache, in [0, 1].
     """
 
     running: int = 0
     waiting: int = 0
     cold: int = 0
     finished_per_s: float = 0.0
+    work_per_s: float = 0.0
+    asked_per_s: float = 0.0
+    kv_used: float = 0.0
 
     @property
     def idle(self) -> bool:
@@ -80,8 +95,9 @@ class Costs:
 class Snapshot:
     """A pool as it is: ``replicas`` that serve or start, of them ``serving``, with ``places`` each.
 
-    ``peak``: the most that was needed within ``stable_s``; ``idle_s``: for how long nobody has
-    asked for anything.
+    ``speed`` is the most work a second that one of them was seen to do; 0 while unknown.
+    ``ahead``: how many the time of day asks for. ``peak``: the most that was needed within
+    ``stable_s``; ``idle_s``: for how long nobody has asked for anything.
     """
 
     bounds: Bounds
@@ -90,6 +106,8 @@ class Snapshot:
     places: int
     replicas: int
     serving: int
+    speed: float = 0.0
+    ahead: int = 0
     peak: int = 0
     idle_s: float = 0.0
 
@@ -122,7 +140,32 @@ def needed(pool: Snapshot) -> Decision:
             more = min(2.0, wait_s / WAIT_S)
             reason = f"the queue is {wait_s:.0f} s long"
             found.append(Decision(math.ceil(now * more), Signal.BACKLOG, reason))
+    if pool.serving:
+        found += _limits(pool)
+    found.append(Decision(pool.ahead, Signal.FORECAST, "usual at this time of day"))
     return max(found, key=lambda decision: decision.replicas)
+
+
+def _limits(pool: Snapshot) -> list[Decision]:
+    """What one replica's limits ask for: those that serve are close to them."""
+    demand = pool.demand
+    limits = [(Signal.KV, demand.kv_used / KV_USED, f"{demand.kv_used:.0%} of the KV cache")]
+    if pool.speed > 0:
+        capacity = pool.speed * pool.serving * WORK_USED
+        does = f"of {pool.speed * pool.serving:.0f} weighted tokens/s"
+        limits += [
+            (Signal.WORK, demand.work_per_s / capacity, f"{demand.work_per_s:.0f} {does}"),
+            (
+                Signal.SLICES,
+                demand.asked_per_s / capacity,
+                f"{demand.asked_per_s:.0f} asked {does}",
+            ),
+        ]
+    return [
+        Decision(math.ceil(pool.serving * min(GROWTH_MAX, share)), signal, reason)
+        for signal, share, reason in limits
+        if share > 1
+    ]
 
 
 def decide(pool: Snapshot) -> Decision:
@@ -153,12 +196,15 @@ class Memory:
     def __init__(self, now_s: float) -> None:
         self._needed: deque[tuple[float, int]] = deque()
         self.used_s = now_s
+        self.speed = 0.0
         self.decision: Decision | None = None
 
     def decide(self, pool: Snapshot, now_s: float) -> Decision:
         """``decide`` for the pool as it is now; its ``peak`` and ``idle_s`` are filled in here."""
         if not pool.demand.idle:
             self.used_s = now_s
+        if pool.serving and pool.demand.waiting:  # only a full pool shows what it can do
+            self.speed = max(self.speed, pool.demand.work_per_s / pool.serving)
         self._needed.append((now_s, needed(pool).replicas))
         while self._needed[0][0] < now_s - stable_s(pool.costs):
             self._needed.popleft()
@@ -253,7 +299,9 @@ def _shrunk(pool: Snapshot, wanted: Decision) -> Decision:
     if pool.demand.idle:
         limit_s = keep_alive_s(pool.bounds, pool.costs)
         if pool.idle_s >= limit_s:
-            return Decision(0, Signal.IDLE, f"idle for {pool.idle_s:.0f} s")
+            return (
+                wanted if pool.ahead else Decision(0, Signal.IDLE, f"idle for {pool.idle_s:.0f} s")
+            )
         kept = min(pool.replicas, max(1, pool.peak))
         return Decision(kept, Signal.STEADY, f"idle, kept for {limit_s:.0f} s")
     kept = min(pool.replicas, max(wanted.replicas, pool.peak, 1))

@@ -169,6 +169,11 @@ class MemoryLedger:
         self._producers: dict[str, tuple[int, int]] = {}
         self._lease_us: dict[tuple[str, str], int] = defaultdict(int)
         self.records: list[UsageRecord] = []
+        self.asked: list[tuple[str, int, int, float]] = []
+
+    async def arrivals(self, since: datetime) -> list[tuple[str, int, int, float]]:
+        """As the test says."""
+        return self.asked
 
     async def create_tenant(self, tenant_id: str) -> bool:
         """Make a tenant's account."""

@@ -4,6 +4,7 @@
     scripts/bench_elastic.py                       all parts
     scripts/bench_elastic.py --parts cold,burst    on a real market, here
     scripts/bench_elastic.py --parts day --trace FILE.parquet
+    scripts/bench_elastic.py --parts forecast --rates FILE.parquet
     scripts/bench_elastic.py --parts hybrid --tenant-trace FILE.parquet --gpu-prices FILE.csv \
         --token-prices FILE.csv
 
@@ -11,8 +12,10 @@ cold: a request for a model at zero replicas, split into its parts, beside the e
 in a process that has its imports behind it. burst: twenty times what one replica is asked at once,
 on a pool at zero. day: a trace (columns arrival_s, session, prompt_tokens, output_tokens; each
 session as a model of its own) through the scheduler's own decisions with virtual replicas; what is
-assumed of them is printed, and swept. hybrid: a tenant's trace on leases of its own that spill to a
-pool, by routing.py's own decisions: cost against lease only and tokens only.
+assumed of them is printed, and swept. forecast: the seventh day of real counts per tenant and ten
+minutes (columns model, client, window_start_s, requests), with and without starts ahead of what was
+usual on the six before. hybrid: a tenant's trace on leases of its own that spill to a pool, by
+routing.py's own decisions: cost against lease only and tokens only.
 """
 
 import argparse
@@ -34,10 +37,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pandas as pd
 import psutil
 from own_market import MODEL, OwnMarket, tiny_model
 
+from market.forecast import BUCKET_S, Bucket, History
 from market.simulation.hybrid import HybridOutcome, simulate_hybrid
 from market.simulation.pools import Arrival, Machine, Outcome, simulate
 from market.types import Bounds
@@ -58,6 +63,10 @@ MACHINE = Machine(places=32, prompt_tokens_per_s=8_000, output_tokens_per_s=40, 
 # Of a GPU that a model needs where it shares one.
 SHARE = 0.25
 GPU = "H100"
+# By model of the counts per tenant: one request in so many, mean tokens of prompt and answer.
+THINNED = {"m-large": (100, 593, 174), "m-mid": (1000, 521, 89), "m-small": (400, 159, 27)}
+KNOWN_DAYS = 6
+SEED = 1
 # Of a tenant's requests so many must have their first token within two seconds.
 GOOD = 0.99
 
@@ -295,6 +304,63 @@ def day(
     return [simulate(rows, machine, bounds, hour_pico, DAY_S) for rows in pools.values()]
 
 
+def known_days(rates: Path) -> list[tuple[History, list[Arrival]]]:
+    """Six days of each tenant's counts, and the requests of its seventh.
+
+    Counts are thinned as in servegen_sampled_24h and spread evenly at random over their window;
+    prompts and answers have their model's mean length.
+    """
+    frame = pd.read_parquet(rates)
+    frame = frame[frame["model"].isin(THINNED)].copy()
+    random = np.random.default_rng(SEED)
+    frame["requests"] = random.binomial(
+        frame["requests"], frame["model"].map({name: 1 / THINNED[name][0] for name in THINNED})
+    )
+    frame["second"] = frame["window_start_s"] - KNOWN_DAYS * DAY_S
+    pools = []
+    for _, rows in frame[frame["requests"] > 0].groupby("client"):
+        _, prompt, output = THINNED[rows["model"].iloc[0]]
+        busy_s = output / MACHINE.output_tokens_per_s
+        buckets, arrivals = {}, []
+        for second, count in rows[["second", "requests"]].itertuples(index=False):
+            if second < 0:
+                buckets[int(second // BUCKET_S)] = Bucket(count, count * busy_s)
+            else:
+                moments = second + random.uniform(0, BUCKET_S, count)
+                arrivals += [Arrival(at_s, prompt, output) for at_s in moments]
+        if arrivals and buckets:
+            arrivals.sort(key=lambda arrival: arrival.at_s)
+            pools.append((History(min(buckets), buckets), arrivals))
+    return pools
+
+
+def bench_forecast(rates: Path, starts: list[float]) -> list[dict[str, Any]]:
+    """The seventh day, with and without the six before."""
+    pools = known_days(rates)
+    requests = sum(len(arrivals) for _, arrivals in pools)
+    print(f"\nday 7 with {requests:,} requests for {len(pools)} models, MIN 0, six days known")
+    head = f"{'start':>6} {'started':<12} {'GPU-hours':>10} {'starts':>7} {'TTFT <= 2 s':>12}"
+    print(f"{head} {'later':>8}\n{'-' * (len(head) + 9)}")
+    results = []
+    for start_s in starts:
+        machine = replace(MACHINE, start_s=start_s)
+        for name in ("when asked", "ahead"):
+            outcomes = [
+                simulate(rows, machine, Bounds(0, 64), HOUR_PICO, DAY_S, known)
+                for history, rows in pools
+                for known in [history if name == "ahead" else None]
+            ]
+            hours = sum(outcome.replica_s for outcome in outcomes) / 3600
+            count = sum(outcome.starts for outcome in outcomes)
+            late = sum(seconds > 2 for outcome in outcomes for seconds in outcome.ttft_s)
+            print(
+                f"{start_s:>5.0f}s {name:<12} {hours:>10,.0f} {count:>7,} "
+                f"{1 - late / requests:>12.2%} {late:>8,}"
+            )
+            results.append({"start_s": start_s, "started": name, "gpu_hours": hours, "late": late})
+    return results
+
+
 def bench_hybrid(
     trace: Path, gpu_prices: Path, token_prices: Path, model: str, gpus: int, ttft_s: float
 ) -> list[dict[str, Any]]:
@@ -355,27 +421,33 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--burst", type=int, default=40)
     parser.add_argument("--trace", type=Path)
+    parser.add_argument("--rates", type=Path, help="forecast: counts per tenant and ten minutes")
     parser.add_argument("--tenant-trace", type=Path, help="hybrid: a trace of one tenant")
     parser.add_argument("--gpu-prices", type=Path)
     parser.add_argument("--token-prices", type=Path)
     parser.add_argument("--model-key", default="llama-3-3-70b-instruct")
     parser.add_argument("--gpus", type=int, default=2, help="hybrid: GPUs of a replica")
     parser.add_argument("--ttft", type=float, default=1.0, help="hybrid: spills from then on")
-    parser.add_argument("--starts", default="5,20,60", help="day: seconds that a start takes")
+    parser.add_argument("--starts", default="5,20,60", help="day, forecast: seconds of a start")
     arguments = parser.parse_args()
     parts = arguments.parts.split(",")
     if "day" in parts and arguments.trace is None:
         parser.error("--trace: the day needs a trace")
+    if "forecast" in parts and arguments.rates is None:
+        parser.error("--rates: the forecast needs counts")
     hybrid = (arguments.tenant_trace, arguments.gpu_prices, arguments.token_prices)
     if "hybrid" in parts and None in hybrid:
         parser.error("hybrid needs --tenant-trace, --gpu-prices and --token-prices")
+    starts = [float(text) for text in arguments.starts.split(",")]
     for engine in arguments.engines.split(","):
         if "cold" in parts:
             bench_cold(engine, arguments.rounds)
         if "burst" in parts:
             bench_burst(engine, arguments.burst)
     if "day" in parts:
-        bench_day(arguments.trace, [float(text) for text in arguments.starts.split(",")])
+        bench_day(arguments.trace, starts)
+    if "forecast" in parts:
+        bench_forecast(arguments.rates, starts)
     if "hybrid" in parts:
         bench_hybrid(*hybrid, arguments.model_key, arguments.gpus, arguments.ttft)
 

@@ -64,6 +64,8 @@ async def start(_settings: object) -> "PacedEngine":
 class PacedEngine:
     """LoadedEngine of the market."""
 
+    kv_tokens = 0
+
     def __init__(self) -> None:
         self._pacer = Pacer()
 

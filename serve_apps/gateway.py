@@ -131,6 +131,7 @@ class Gateway:
             keys,
             cold=self._routes.cold(),
             streams=self._routes.streams(),
+            kv_used=self._routes.kv_used(),
         )
         orders = await self._scheduler.sync(report)
         self._queues.take_shares(orders.pools.items())

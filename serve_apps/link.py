@@ -17,6 +17,7 @@ import hmac
 import logging
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -50,6 +51,17 @@ CONNECT_TIMEOUT_S = 5.0
 # How long to look for a replica that is not there: a lost one is started again meanwhile.
 REPLICA_TIMEOUT_S = 120.0
 CLOSE_POLL_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a replica listens, and how many tokens its engine's KV cache holds (0: unknown)."""
+
+    host: str
+    port: int
+    secret: str = field(repr=False)
+    kv_tokens: int = 0
+
 
 Generate = Callable[[EngineRequest, Credit], AsyncGenerator[EngineChunk, None]]
 
@@ -209,9 +221,10 @@ class _Peer:
 class Link:
     """The gateway's end: an Engine port over one connection, made again when it is lost."""
 
-    def __init__(self, address: Callable[[], Awaitable[tuple[str, int, str]]]) -> None:
-        """``address`` finds the replica's (host, port, secret), however long that takes."""
+    def __init__(self, address: Callable[[], Awaitable[Address]]) -> None:
+        """``address`` finds the replica, however long that takes."""
         self._address = address
+        self._kv_tokens = 0
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
         self._connecting: asyncio.Task[asyncio.StreamWriter] | None = None
@@ -229,6 +242,12 @@ class Link:
         """Answers under way through this link."""
         return len(self._streams)
 
+    @property
+    def kv_used(self) -> float:
+        """The part of the replica's KV cache that our answers have; 0 if its size is unknown."""
+        held = sum(stream.tokens for stream in self._streams.values())
+        return held / self._kv_tokens if self._kv_tokens else 0.0
+
     async def generate(
         self, request: EngineRequest, credit: Credit
     ) -> AsyncGenerator[EngineChunk, None]:
@@ -239,7 +258,7 @@ class Link:
         writer = await self._connected()
         self._last += 1
         number = self._last
-        stream = self._streams[number] = _Stream()
+        stream = self._streams[number] = _Stream(len(request.prompt_token_ids))
         credit.on_extend = lambda: self._extend(number, credit)
         try:
             self._send(writer, Open(number, request, credit.tokens, credit.final))
@@ -295,13 +314,14 @@ class Link:
     async def _connect(self) -> asyncio.StreamWriter:
         try:
             async with asyncio.timeout(REPLICA_TIMEOUT_S):
-                host, port, secret = await self._address()
+                found = await self._address()
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                reader, writer = await asyncio.open_connection(host, port)
+                reader, writer = await asyncio.open_connection(found.host, found.port)
         except (OSError, TimeoutError) as error:
             raise EngineFailed(f"the replica cannot be reached: {error!r}") from error
         tune(writer)
-        write_frame(writer, secret.encode())
+        write_frame(writer, found.secret.encode())
+        self._kv_tokens = found.kv_tokens
         self._writer = writer
         self._reading = asyncio.create_task(self._read_forever(reader, writer))
         return writer
@@ -333,7 +353,8 @@ class Link:
 class _Stream:
     """What has come of one answer and was not passed on yet."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens  # of the prompt and of the answer so far
         self._chunks: list[EngineChunk] = []
         self._failure: Failure | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -342,6 +363,7 @@ class _Stream:
     def put(self, piece: Piece) -> None:
         if piece.chunk is not None:
             self._chunks.append(piece.chunk)
+            self.tokens += len(piece.chunk.token_ids)
         else:
             self.ended = True
             self._failure = piece.failure

@@ -37,7 +37,7 @@ from market.types import (
     Rule,
 )
 from serve_apps.auth import may_use
-from serve_apps.link import REPLICA_TIMEOUT_S, Link
+from serve_apps.link import REPLICA_TIMEOUT_S, Address, Link
 from serve_apps.tokenization import Prompter, load_prompter
 
 logger = logging.getLogger(__name__)
@@ -75,11 +75,11 @@ def replica_link(handle: Any) -> Link:
     """The link to the replica behind a Ray Serve handle."""
     ask = handle.options(method_name="address")
 
-    async def address() -> tuple[str, int, str]:
+    async def address() -> Address:
         while True:
             try:
-                host, port, secret = await ask.remote()
-                return host, port, secret
+                found: Address = await ask.remote()
+                return found
             except (RayError, RayServeException) as error:
                 # Serve may not know yet that it is dead; asked again it waits for the next one.
                 logger.info("the replica of %s is gone: %s", handle.app_name, type(error).__name__)
@@ -137,6 +137,10 @@ class LiveRoutes:
         for app, link in [*self._engines.items(), *self._leaving]:
             found[app] += link.streams
         return dict(found)
+
+    def kv_used(self) -> dict[str, float]:
+        """The part of each replica's KV cache that answers through this gateway have."""
+        return {app: link.kv_used for app, link in self._engines.items() if link.streams}
 
     async def refresh(self) -> None:
         """Fetch the table now, once for all who want it."""

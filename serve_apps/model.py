@@ -49,7 +49,7 @@ from serve_apps.engines.base import (
     warm_engine,
 )
 from serve_apps.lending import Lending
-from serve_apps.link import LinkServer
+from serve_apps.link import Address, LinkServer
 
 logger = logging.getLogger(__name__)
 
@@ -173,9 +173,12 @@ class ModelReplica:
         except MarketError as error:
             logger.warning("warming up: %s", error)
 
-    async def address(self) -> tuple[str, int, str]:
-        """Where gateways find this replica's link, and the secret that it wants to see."""
-        return self._host, self._link.port, self._link.secret
+    async def address(self) -> Address:
+        """Where gateways find this replica's link, the secret that it wants to see, and how many
+        tokens its KV cache holds.
+        """
+        kv_tokens = 0 if self._engine is None else self._engine.kv_tokens
+        return Address(self._host, self._link.port, self._link.secret, kv_tokens)
 
     async def generate(
         self, request: EngineRequest, credit: Credit

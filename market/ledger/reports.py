@@ -11,6 +11,7 @@ from sqlalchemy import Row
 
 from market.accounts import tenant_account
 from market.errors import InvalidRequest
+from market.forecast import BUCKET_S
 from market.ledger.manifest import KEYS, SCHEMAS, Dataset, entries_table
 from market.ledger.snapshot import Snapshot
 from market.pricing import to_pico
@@ -102,6 +103,18 @@ def buckets(
     start = f"CAST(epoch_us(booked_at) // 1000000 // {step} * {step} AS BIGINT) AS start_time"
     sql = f"SELECT {start}, {columns} {_SUMS} FROM usage {_WHERE} GROUP BY ALL ORDER BY ALL"
     return _rows(snapshot, sql, query.parameters())
+
+
+def arrivals(snapshot: Snapshot, since: datetime) -> list[tuple[str, int, int, float]]:
+    """Requests of pools by model and ten minutes: (model, bucket, requests, seconds under way)."""
+    sql = (
+        f"SELECT model, CAST(epoch_us(started_at) // {BUCKET_S * 10**6} AS BIGINT) AS bucket, "
+        "count(*) AS requests, coalesce(sum(duration_ms), 0) / 1000.0 AS busy_s FROM usage "
+        "WHERE kind = 'tokens' AND lane IN ('tokens', 'spill') AND started_at >= $since "
+        "GROUP BY ALL ORDER BY ALL"
+    )
+    rows = _rows(snapshot, sql, {"since": since})
+    return [(row["model"], row["bucket"], row["requests"], float(row["busy_s"])) for row in rows]
 
 
 def spent_before(snapshot: Snapshot, subject: str, since: datetime, until_lsn: int) -> int:

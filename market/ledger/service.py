@@ -375,6 +375,10 @@ class Ledger:
         """Sums per time bucket. Raises InvalidRequest."""
         return await self._ask(lambda s: reports.buckets(s, query, width, groups))
 
+    async def arrivals(self, since: datetime) -> list[tuple[str, int, int, float]]:
+        """What pools were asked, by model and ten minutes. See reports.arrivals."""
+        return await self._ask(lambda s: reports.arrivals(s, since))
+
     async def request(self, request_id: str) -> list[dict[str, Any]]:
         """The rows of a request: its record and what was taken back of it. Raises NotFound."""
         rows = await self._ask(lambda s: reports.rows_of_request(s, request_id))

@@ -126,6 +126,10 @@ class LedgerPort(Protocol):
         """Give back what is left of a hold."""
         ...
 
+    async def arrivals(self, since: datetime) -> list[tuple[str, int, int, float]]:
+        """(model, bucket, requests, seconds under way) of pools' requests; see forecast.py."""
+        ...
+
     async def open_holds(self) -> list[Hold]:
         """Holds that have not ended."""
         ...

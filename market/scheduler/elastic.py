@@ -14,6 +14,7 @@ from market.calendar import Oversubscribed
 from market.catalog import Model
 from market.matching import Misfit, micros
 from market.scheduler.core import Core
+from market.scheduler.forecasts import Forecasts
 from market.scheduler.pools import Pools
 from market.scheduler.shares import Shares
 from market.types import Deployment, Mode, Replica, ReplicaState, StartCost, StartFrom
@@ -48,10 +49,11 @@ LEAVING = (
 class Elastic:
     """Applies one decision per pool and round. Everything under the core's lock."""
 
-    def __init__(self, core: Core, pools: Pools, shares: Shares) -> None:
+    def __init__(self, core: Core, pools: Pools, shares: Shares, forecasts: Forecasts) -> None:
         self._core = core
         self._pools = pools
         self._shares = shares
+        self._forecasts = forecasts
         self._memories: dict[str, Memory] = {}
         self._draining_since_s: dict[str, float] = {}
         self._asleep_since_s: dict[str, float] = {}
@@ -91,13 +93,20 @@ class Elastic:
         core, model = self._core, catalog.find(deployment.model)
         now_s = core.clock.monotonic()
         memory = self._memories.setdefault(deployment.deployment_id, Memory(now_s))
+        apps = [r.app_name for r in present if r.state is ReplicaState.READY]
+        demand = self._shares.demand(deployment.model, apps, self._lent(deployment.model))
+        costs = self._costs(deployment, model, present)
         pool = Snapshot(
             bounds=deployment.bounds,
-            costs=self._costs(deployment, model, present),
-            demand=self._shares.demand(deployment.model, self._lent(deployment.model)),
+            costs=costs,
+            demand=demand,
             places=core.config.sequences,
             replicas=len(present),
-            serving=sum(r.state is ReplicaState.READY for r in present),
+            serving=len(apps),
+            speed=memory.speed,
+            ahead=self._forecasts.ahead(
+                deployment.model, now_s - memory.used_s, costs, is_there=bool(present)
+            ),
         )
         return memory.decide(pool, now_s)
 
@@ -290,11 +299,15 @@ class Elastic:
 
     def _costs(self, deployment: Deployment, model: Model, present: list[Replica]) -> Costs:
         offers = self._core.state.offers
+        places = [replica.place for replica in present]
+        if not places:
+            found = self._pools.places(model, 1)
+            places = [] if isinstance(found, Misfit) else list(found)
         hours = [
-            offers[r.place.offer_id].ask_pico * r.place.gpu_milli * len(r.place.gpu_indices) // 1000
-            for r in present
+            offers[place.offer_id].ask_pico * place.gpu_milli * len(place.gpu_indices) // 1000
+            for place in places
         ]
-        gpu_types = {offers[r.place.offer_id].gpu_type for r in present}
+        gpu_types = {offers[place.offer_id].gpu_type for place in places}
 
         def cost_s(begun: StartFrom) -> float:
             starts = self._core.state.starts.values()
@@ -308,7 +321,7 @@ class Elastic:
             ]
             return max(known, default=guess_s(model, deployment.engine, begun))
 
-        physical = [offers[r.place.offer_id] for r in present if r.place.gpu_indices]
+        physical = [offers[place.offer_id] for place in places if place.gpu_indices]
         can = [self._core.cluster.can_sleep(deployment.engine, offer) for offer in physical]
         return Costs(
             max(hours, default=0),

@@ -21,6 +21,7 @@ from market.ports import Clock
 from market.scheduler.core import Cluster, Core, LedgerPort, SendUsage
 from market.scheduler.disks import Disks
 from market.scheduler.elastic import Elastic
+from market.scheduler.forecasts import Forecasts
 from market.scheduler.keeper import Keeper
 from market.scheduler.nodes import Nodes, Proof
 from market.scheduler.orders import Orders, Quote
@@ -92,7 +93,8 @@ class Scheduler:
         self._rules = Rules(self._core)
         self._disks = Disks(self._core, self._pools)
         self._shares = Shares(clock, ledger)
-        self._elastic = Elastic(self._core, self._pools, self._shares)
+        self._forecasts = Forecasts(self._core)
+        self._elastic = Elastic(self._core, self._pools, self._shares, self._forecasts)
         self._keeper = Keeper(
             self._core,
             self._nodes,
@@ -109,7 +111,8 @@ class Scheduler:
         """Lock, connect, load, and start the loop. Raises MarketFault; may be tried again."""
         await self._store.open()
         self._core.rebuild_calendar()
-        loops = self._keeper.run_forever(), self._disks.watch_forever()
+        parts = self._disks, self._forecasts
+        loops = self._keeper.run_forever(), *(part.watch_forever() for part in parts)
         self._tasks = [asyncio.create_task(loop) for loop in loops]
 
     async def close(self) -> None:

@@ -2,13 +2,13 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from market.accounts import HoldResult
 from market.autoscaling import Demand
-from market.fairness import PoolLedger, PoolReport, PoolShare
+from market.fairness import OUTPUT_WORK, PoolLedger, PoolReport, PoolShare
 from market.ports import Clock
 from market.types import HoldChange, HoldRequest, RouteTable, SliceAsk
 
@@ -42,8 +42,8 @@ class SliceLedger(Protocol):
 class GatewayReport:
     """What a gateway says twice a second. ``limited_keys`` were used lately and have limits.
 
-    ``cold``: requests that wait for a model to start. ``streams``: answers under way by replica
-    (application).
+    ``cold``: requests that wait for a model to start. By replica (application), of this gateway's
+    answers under way: ``streams`` how many, ``kv_used`` their part of its KV cache.
     """
 
     producer: str
@@ -52,6 +52,7 @@ class GatewayReport:
     limited_keys: frozenset[str]
     cold: Mapping[str, int] = field(default_factory=dict)
     streams: Mapping[str, int] = field(default_factory=dict)
+    kv_used: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,21 @@ class _Gateway:
     report: GatewayReport
 
 
+class Decaying:
+    """How much a second, lately: each amount is forgotten over ``RATE_TAU_S``."""
+
+    def __init__(self, now_s: float) -> None:
+        self._rate, self._at_s = 0.0, now_s
+
+    def add(self, amount: float, now_s: float) -> None:
+        """So much was just now."""
+        self._rate, self._at_s = self.get(now_s) + amount / RATE_TAU_S, now_s
+
+    def get(self, now_s: float) -> float:
+        """The rate now."""
+        return self._rate * max(0.0, 1 - (now_s - self._at_s) / RATE_TAU_S)
+
+
 class Shares:
     """Merges what gateways report; grants slices. All of it is in memory: gateways say it again."""
 
@@ -81,7 +97,8 @@ class Shares:
         self._ledger = ledger
         self._gateways: dict[str, _Gateway] = {}
         self._pools: dict[str, PoolLedger] = {}
-        self._rates: dict[str, tuple[float, float]] = {}
+        self._rates: dict[str, Decaying] = {}
+        self._asked: dict[str, Decaying] = {}
         self._recalls: dict[str, tuple[str, float]] = {}
 
     async def grant(self, ask: SliceAsk) -> HoldResult:
@@ -89,6 +106,7 @@ class Shares:
 
         Raises Conflict if the gateway is fenced.
         """
+        self._count_asked(ask)
         if ask.opens is not None:
             wanted = self._sized(ask, ask.opens.wanted_pico, ask.opens.minimum_pico)
             result = await self._ledger.open_hold(replace(ask.opens, wanted_pico=wanted))
@@ -142,11 +160,14 @@ class Shares:
         """Whether any gateway has said what it does: else nobody knows what is asked."""
         return bool(self._gateways)
 
-    def demand(self, pool_name: str, lent: Iterable[tuple[str, str]] = ()) -> Demand:
-        """What all gateways together ask of a pool's own replicas.
+    def demand(
+        self, pool_name: str, apps: Sequence[str] = (), lent: Iterable[tuple[str, str]] = ()
+    ) -> Demand:
+        """What all gateways together ask of a pool's own replicas, the ``apps``.
 
         Not what runs on leases that are ``lent``: (application, lease).
         """
+        now_s = self._clock.monotonic()
         reports = [gateway.report for gateway in self._gateways.values()]
         pools = [report.pools[pool_name] for report in reports if pool_name in report.pools]
         return Demand(
@@ -154,6 +175,10 @@ class Shares:
             waiting=sum(pool.waiting for pool in pools),
             cold=sum(report.cold.get(pool_name, 0) for report in reports),
             finished_per_s=sum(pool.finished_per_s for pool in pools),
+            work_per_s=_rate(self._rates, pool_name, now_s),
+            asked_per_s=_rate(self._asked, pool_name, now_s),
+            kv_used=sum(r.kv_used.get(app, 0.0) for r in reports for app in apps)
+            / max(1, len(apps)),
         )
 
     def _borrowed(self, lent: Iterable[tuple[str, str]]) -> int:
@@ -186,7 +211,7 @@ class Shares:
         weights = self._weights(ask.model) | {ask.tenant_id: ask.weight}
         active = pool.counters.active | {ask.tenant_id}
         part = ask.weight / sum(weights.get(name, 1) for name in active)
-        rate = self._rates.get(ask.model, (0.0, 0.0))[0]
+        rate = _rate(self._rates, ask.model, self._clock.monotonic())
         ahead_pico = round(rate * SHARE_S * part / max(1, len(self._gateways)) * ask.output_pico)
         return max(ask.has_pico, minimum_pico, min(wanted_pico, minimum_pico + ahead_pico))
 
@@ -197,10 +222,18 @@ class Shares:
             max(0.0, served - (before or {}).get(tenant, 0.0))
             for tenant, served in report.service.items()
         )
-        rate, at_s = self._rates.get(pool_name, (0.0, now_s))
-        kept = max(0.0, 1 - (now_s - at_s) / RATE_TAU_S)
-        counted = 0.0 if before is None else work
-        self._rates[pool_name] = (rate * kept + counted / RATE_TAU_S, now_s)
+        self._rates.setdefault(pool_name, Decaying(now_s)).add(
+            0.0 if before is None else work, now_s
+        )
+
+    def _count_asked(self, ask: SliceAsk) -> None:
+        """What requests need now, as work; what is only asked ahead of them is not counted."""
+        change = ask.opens or ask.changes
+        if change is None or not ask.output_pico:
+            return
+        tokens = max(0, change.minimum_pico - ask.has_pico) / ask.output_pico
+        now_s = self._clock.monotonic()
+        self._asked.setdefault(ask.model, Decaying(now_s)).add(tokens * OUTPUT_WORK, now_s)
 
     def _weights(self, pool_name: str) -> dict[str, int]:
         weights: dict[str, int] = {}
@@ -217,6 +250,11 @@ class Shares:
         self._gateways.pop(producer, None)
         for pool in self._pools.values():
             pool.remove(producer)
+
+
+def _rate(rates: Mapping[str, Decaying], pool_name: str, now_s: float) -> float:
+    known = rates.get(pool_name)
+    return 0.0 if known is None else known.get(now_s)
 
 
 def pool_places(routes: RouteTable, in_use: Mapping[str, int]) -> dict[str, int]:

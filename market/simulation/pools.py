@@ -11,11 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from market.autoscaling import Costs, Demand, Memory, Snapshot, keep_alive_s
+from market.forecast import BUCKET_S, History, replicas_ahead
 from market.types import Bounds
 
 ROUND_S = 0.5
 # Between rounds in which nothing can change but time.
 SLOW_ROUND_S = 2.0
+# A pool with a history that rests looks so often whether what it waits for is given up.
+LOOK_S = 5.0
+EPSILON_S = 0.001
 RATE_TAU_S = 10.0
 
 
@@ -49,8 +53,11 @@ class Outcome:
 
 
 class _Pool:
-    def __init__(self, machine: Machine, bounds: Bounds, hour_pico: int) -> None:
+    def __init__(
+        self, machine: Machine, bounds: Bounds, hour_pico: int, history: History | None
+    ) -> None:
         self.machine = machine
+        self.history = history
         self.bounds = bounds
         self.costs = Costs(hour_pico, machine.start_s)
         self.memory = Memory(0.0)
@@ -94,7 +101,15 @@ class _Pool:
             finished_per_s=len(self.finished) / RATE_TAU_S,
         )
         there = self.serving + self.starting
-        pool = Snapshot(self.bounds, self.costs, demand, self.machine.places, there, self.serving)
+        pool = Snapshot(
+            self.bounds,
+            self.costs,
+            demand,
+            self.machine.places,
+            there,
+            self.serving,
+            ahead=self.ahead(now_s, demand.idle, there > 0),
+        )
         wanted = self.memory.decide(pool, now_s).replicas
         if wanted > there:
             self.grow(wanted - there, now_s)
@@ -103,8 +118,21 @@ class _Pool:
             pinned = -(-self.running // self.machine.places)
             self.serving = max(pinned, min(self.serving, wanted - self.starting), 0)
 
+    def ahead(self, now_s: float, idle: bool, is_there: bool) -> int:
+        if self.history is None:
+            return 0
+        idle_s = now_s - self.memory.used_s if idle else 0.0
+        places = self.machine.places
+        return replicas_ahead(self.history, now_s, idle_s, self.costs, places, is_there=is_there)
+
     def next_round_s(self, now_s: float) -> float | None:
         """When to look again; None if only an arrival can change anything."""
+        rests = not (self.waiting or self.running or self.starting)
+        if self.history is not None and rests:
+            # Just after the moment from which on the next ten minutes are looked at.
+            start_s = self.machine.start_s
+            begins_s = ((now_s + start_s) // BUCKET_S + 1) * BUCKET_S - start_s + EPSILON_S
+            return min(begins_s, now_s + LOOK_S) if self.serving else begins_s
         if self.waiting or self.running or self.starting:
             return now_s + (ROUND_S if self.waiting else SLOW_ROUND_S)
         if self.serving > self.bounds.minimum:
@@ -119,12 +147,14 @@ def simulate(
     bounds: Bounds,
     hour_pico: int,
     until_s: float,
+    history: History | None = None,
 ) -> Outcome:
     """A pool's time from 0 to ``until_s``; it begins with its minimum, and that has started.
 
-    ``hour_pico`` is what an hour of one replica costs.
+    ``hour_pico`` is what an hour of one replica costs. With a ``history``, whose bucket 0 begins at
+    0, replicas are started ahead of what is usual.
     """
-    pool = _Pool(machine, bounds, hour_pico)
+    pool = _Pool(machine, bounds, hour_pico, history)
     pool.serving = pool.outcome.peak = bounds.minimum
     coming = deque(arrivals)
     round_s: float | None = 0.0
@@ -155,7 +185,7 @@ def simulate(
         if (round_s is not None and round_s <= now_s) or (arrived and pool.waiting):
             pool.decide(now_s)
             round_s = pool.next_round_s(now_s)
-        elif round_s is None or pool.waiting:
+        else:
             later_s = pool.next_round_s(now_s)
             if later_s is not None and (round_s is None or later_s < round_s):
                 round_s = later_s

@@ -29,7 +29,13 @@ class EngineSettings:
 
 
 class LoadedEngine(Protocol):
-    """The Engine port and the life of the engine behind it."""
+    """The Engine port and the life of the engine behind it.
+
+    ``kv_tokens``: how many tokens its KV cache holds; 0 if it has none.
+    """
+
+    @property
+    def kv_tokens(self) -> int: ...  # noqa: D102
 
     def generate(self, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
         """Stream an answer; closing the iterator aborts it."""

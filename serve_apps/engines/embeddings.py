@@ -69,6 +69,8 @@ def _json(path: Path) -> Any:
 class EmbeddingEngine:
     """Texts that wait together are computed together, in order of arrival."""
 
+    kv_tokens = 0
+
     def __init__(self, model: Any, pad_id: int, pooling: str, normalised: bool) -> None:
         self._model = model
         self._pad_id = pad_id

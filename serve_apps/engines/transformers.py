@@ -63,11 +63,12 @@ def _load(settings: EngineSettings) -> "TransformersEngine":
     sampler = RequestSampler(eos_ids)
     # The manager asks the model for its logits processors; ours replaces all of them.
     model._get_logits_processor = lambda _config: LogitsProcessorList([sampler])
+    pages = _cache_pages(model.config, settings)
     manager = model.init_continuous_batching(
         generation_config=GenerationConfig(do_sample=False, eos_token_id=eos_ids),
         continuous_batching_config=ContinuousBatchingConfig(
             page_size=PAGE_TOKENS,
-            num_blocks=_cache_pages(model.config, settings),
+            num_blocks=pages,
             max_batch_tokens=BATCH_TOKENS,
             # One tenant must not learn from timing what another has asked.
             allow_block_sharing=False,
@@ -78,7 +79,7 @@ def _load(settings: EngineSettings) -> "TransformersEngine":
     # It counts only processors it converted itself; ours needs its (empty) row of arguments too.
     manager.logit_processor.tensors_required = 1
     manager.start()
-    return TransformersEngine(manager, tokenizer, sampler, eos_ids)
+    return TransformersEngine(manager, tokenizer, sampler, eos_ids, pages * PAGE_TOKENS)
 
 
 def _cache_pages(config: Any, settings: EngineSettings) -> int:
@@ -95,7 +96,10 @@ def _cache_pages(config: Any, settings: EngineSettings) -> int:
 class TransformersEngine:
     """Requests go to the manager's thread; its results come back on the caller's loop."""
 
-    def __init__(self, manager: Any, tokenizer: Any, sampler: Any, eos_ids: list[int]) -> None:
+    def __init__(
+        self, manager: Any, tokenizer: Any, sampler: Any, eos_ids: list[int], kv_tokens: int
+    ) -> None:
+        self.kv_tokens = kv_tokens
         self._manager = manager
         self._tokenizer = tokenizer
         self._sampler = sampler

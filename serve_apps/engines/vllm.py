@@ -114,6 +114,8 @@ class VllmEngine:
     def __init__(self, engine: Any, settings: EngineSettings) -> None:
         from vllm.parser import ParserManager
 
+        cache = engine.vllm_config.cache_config
+        self.kv_tokens = (cache.num_gpu_blocks or 0) * cache.block_size
         self._engine = engine
         self._parsers = ParserManager.get_parser(
             tool_parser_name=settings.tool_parser or None,

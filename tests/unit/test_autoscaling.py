@@ -56,6 +56,54 @@ class TestUp:
         assert decide(asked(poor, running=500)).replicas == 2
 
 
+class TestLimits:
+    """What serves is close to what it can do."""
+
+    def test_kv_cache_in_use(self):
+        full = asked(running=3, kv_used=0.9)
+        assert (decide(full).replicas, decide(full).signal) == (2, Signal.KV)
+        assert decide(full).reason == "90% of the KV cache"
+        assert decide(asked(running=3, kv_used=0.8)).replicas == 1
+
+    def test_work_against_what_a_replica_has_been_seen_to_do(self):
+        known = replace(POOL, speed=100.0)
+        busy = asked(known, running=3, work_per_s=90.0)
+        assert (decide(busy).replicas, decide(busy).signal) == (2, Signal.WORK)
+        assert decide(asked(known, running=3, work_per_s=80.0)).replicas == 1
+        assert decide(asked(running=3, work_per_s=90.0)).replicas == 1  # nobody knows its speed
+
+    def test_slices_that_are_asked_for_come_before_the_work(self):
+        known = replace(POOL, speed=100.0)
+        rush = asked(known, running=1, asked_per_s=1000.0)
+        # No more than twice as many: what is asked for need not be used.
+        assert (decide(rush).replicas, decide(rush).signal) == (2, Signal.SLICES)
+
+    def test_speed_is_learned_from_a_full_pool_only(self):
+        memory = autoscaling.Memory(0.0)
+        memory.decide(asked(running=3, work_per_s=50.0), 0.0)
+        assert memory.speed == 0
+        memory.decide(asked(running=10, waiting=1, work_per_s=120.0), 1.0)
+        memory.decide(asked(running=10, waiting=1, work_per_s=70.0), 2.0)
+        assert memory.speed == 120
+
+
+class TestAhead:
+    def test_what_is_usual_is_there_before_anybody_asks(self):
+        cold = replace(POOL, replicas=0, serving=0, peak=0, ahead=2)
+        decision = decide(cold)
+        assert (decision.replicas, decision.signal) == (2, Signal.FORECAST)
+
+    def test_idle_for_long_it_is_kept_while_somebody_is_expected(self):
+        idle = replace(POOL, replicas=3, serving=3, peak=0, idle_s=10_000.0)
+        assert decide(replace(idle, ahead=1)).replicas == 1
+        assert decide(idle).replicas == 0
+
+    def test_bounds_and_budget_hold_all_the_same(self):
+        paid = replace(POOL, bounds=Bounds(0, 8, spend_max_pico=HOUR_PICO), ahead=4)
+        assert decide(paid).signal is Signal.BUDGET
+        assert decide(paid).replicas == 1
+
+
 class TestDown:
     def test_only_to_what_was_not_needed_for_a_while(self):
         wide = replace(POOL, replicas=4, serving=4)

@@ -10,6 +10,7 @@ from market.errors import (
     NoCapacity,
 )
 from market.fairness import PoolReport
+from market.forecast import BUCKET_S, DAY
 from market.scheduler.shares import GatewayReport
 from market.types import (
     AppStatus,
@@ -423,3 +424,32 @@ class TestResale:
             booked = await self.lent(farm, scheduler)
             await scheduler.release(booked.lease_id)
             assert (await scheduler.routes()).lent == ()
+
+
+class TestForecast:
+    async def test_pool_is_there_when_it_is_usually_asked_and_goes_if_nobody_comes(self, farm):
+        """It was asked at the same time for three days, by the ledger's own rows."""
+        async with farm.opened() as scheduler:
+            await pool(scheduler, minimum=0, maximum=2, keep_alive_s=5)
+            demands = Demands(farm, scheduler)
+            await demands(2)
+            assert await states(scheduler) == [DeploymentState.COLD]
+            soon = int(farm.clock.now().timestamp() + 60) // BUCKET_S + 1
+            days = range(1, 4)
+            farm.ledger.asked = [("tiny-qwen", soon - day * DAY, 60, 900.0) for day in days]
+            await scheduler._forecasts.refresh()
+            begins_s = soon * BUCKET_S - farm.clock.now().timestamp()
+            await demands(int(begins_s) - 20)
+            assert await states(scheduler) == [DeploymentState.COLD]
+            await demands(17)
+            assert await states(scheduler) == [DeploymentState.READY]
+            (reason,) = (await scheduler.scaling()).values()
+            assert reason == "usual at this time of day"
+            await demands(200)
+            assert await states(scheduler) == [DeploymentState.COLD]
+
+    async def test_without_a_ledger_that_answers_nothing_is_forecast(self, farm):
+        async with farm.opened() as scheduler:
+            await pool(scheduler, minimum=0, maximum=2)
+            await Demands(farm, scheduler)(3)
+            assert await states(scheduler) == [DeploymentState.COLD]

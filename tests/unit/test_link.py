@@ -18,7 +18,7 @@ from market.types import (
     TokenLogprob,
 )
 from serve_apps.frames import Abort, Open, merge
-from serve_apps.link import Link, LinkServer
+from serve_apps.link import Address, Link, LinkServer
 
 HOST = "127.0.0.1"
 
@@ -63,7 +63,7 @@ async def linked(engine):
     await server.start(HOST)
 
     async def address():
-        return HOST, server.port, server.secret
+        return Address(HOST, server.port, server.secret, 100)
 
     link = Link(address)
     try:
@@ -221,7 +221,7 @@ async def test_without_the_secret_nothing_is_served():
     async with linked(engine) as (server, _):
 
         async def address():
-            return HOST, server.port, "guessed"
+            return Address(HOST, server.port, "guessed")
 
         stranger = Link(address)
         with pytest.raises(EngineFailed, match="gone"):
@@ -292,7 +292,7 @@ async def test_who_gives_up_waiting_is_cancelled():
 
 async def test_nobody_listens():
     async def address():
-        return HOST, 1, "x"
+        return Address(HOST, 1, "x")
 
     with pytest.raises(EngineFailed, match="cannot be reached"):
         await read(Link(address))
