@@ -96,8 +96,9 @@ class Snapshot:
     """A pool as it is: ``replicas`` that serve or start, of them ``serving``, with ``places`` each.
 
     ``speed`` is the most work a second that one of them was seen to do; 0 while unknown.
-    ``ahead``: how many the time of day asks for. ``peak``: the most that was needed within
-    ``stable_s``; ``idle_s``: for how long nobody has asked for anything.
+    The time of day asks for ``ahead``, and stretches the keep-alive by ``stretch``. ``peak``: the
+    most that was needed within ``stable_s``; ``idle_s``: for how long nobody has asked for
+    anything.
     """
 
     bounds: Bounds
@@ -108,6 +109,7 @@ class Snapshot:
     serving: int
     speed: float = 0.0
     ahead: int = 0
+    stretch: float = 1.0
     peak: int = 0
     idle_s: float = 0.0
 
@@ -218,11 +220,11 @@ def stable_s(costs: Costs) -> float:
     return max(STABLE_S, STABLE_STARTS * costs.start_s)
 
 
-def keep_alive_s(bounds: Bounds, costs: Costs) -> float:
+def keep_alive_s(bounds: Bounds, costs: Costs, stretch: float = 1.0) -> float:
     """For how long an idle pool keeps its last replicas.
 
     Break-even: the GPU's time of one start and what those who wait for it lose, over what holding
-    costs a second.
+    costs a second; ``stretch`` times that by a forecast. What the operator says is not stretched.
     """
     if bounds.keep_alive_s is not None:
         return bounds.keep_alive_s
@@ -230,7 +232,7 @@ def keep_alive_s(bounds: Bounds, costs: Costs) -> float:
         return KEEP_ALIVE_FREE_S
     back_s = costs.start_s if costs.wake_s is None else costs.wake_s
     even_s = back_s * (1 + WAITING_HOUR_PICO / costs.hour_pico)
-    return min(max(even_s, KEEP_ALIVE_MIN_S), KEEP_ALIVE_MAX_S)
+    return min(max(stretch * even_s, KEEP_ALIVE_MIN_S), KEEP_ALIVE_MAX_S)
 
 
 def keep_asleep_s(costs: Costs) -> float:
@@ -297,7 +299,7 @@ def to_evict(idlers: Iterable[Idler], free_milli: Mapping[str, int], milli: int)
 def _shrunk(pool: Snapshot, wanted: Decision) -> Decision:
     """Less is needed than there is: but only what was not needed for a while goes."""
     if pool.demand.idle:
-        limit_s = keep_alive_s(pool.bounds, pool.costs)
+        limit_s = keep_alive_s(pool.bounds, pool.costs, pool.stretch)
         if pool.idle_s >= limit_s:
             return (
                 wanted if pool.ahead else Decision(0, Signal.IDLE, f"idle for {pool.idle_s:.0f} s")

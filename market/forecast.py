@@ -1,8 +1,12 @@
 """What will be asked of a pool soon: what was asked at this time on other days. Pure.
 
 Seasonal-naive, over ten-minute buckets: the same bucket of the last days, the same weekday counting
-twice. A pool that sleeps is woken ahead only where that is worth more than it costs: whoever would
-have waited for the start, against the time that its GPUs stand idle until the first one comes.
+twice. It is used for two things. An idle pool is kept for longer where requests usually follow each
+other fast enough to make that worth it, and for less long where they do not (ski rental with
+predictions; Purohit et al., 2018: with a trust of 1/4 at most 5 times the cost of knowing the
+future, if the forecast is all wrong). A pool that sleeps is woken ahead where that is worth more
+than it costs: whoever would have waited for the start, against the time that its GPUs stand idle
+until the first one comes.
 """
 
 import math
@@ -17,6 +21,13 @@ DAYS = 14
 # With fewer days on record nothing is said.
 DAYS_LEAST = 2
 SAME_WEEKDAY = 2.0
+# Kept for so many times as long as without a forecast, where requests come at least at so much of
+# the rate that makes keeping worth it; and where they do not.
+LONGER = 4.0
+SHORTER = 0.5
+ENOUGH = 0.7
+# What a start ahead must save for what it costs: a forecast is often wrong.
+MARGIN = 2.0
 # After so many times the usual while until the first request, it is not coming.
 PATIENCE = 3.0
 STAYS_S = 120.0
@@ -59,11 +70,15 @@ class History:
     since: int
     buckets: Mapping[int, Bucket]
 
+    def knows(self, bucket: int) -> bool:
+        """Whether enough days are on record to say anything."""
+        return bucket - DAYS_LEAST * DAY >= self.since
+
     def expect(self, bucket: int) -> Expected:
         """What is usual at the bucket's time of day."""
-        days = [day for day in range(1, DAYS + 1) if bucket - day * DAY >= self.since]
-        if len(days) < DAYS_LEAST:
+        if not self.knows(bucket):
             return NOTHING
+        days = [day for day in range(1, DAYS + 1) if bucket - day * DAY >= self.since]
         weights = {day: SAME_WEEKDAY if day % 7 == 0 else 1.0 for day in days}
         there = {
             day: self.buckets[bucket - day * DAY]
@@ -89,7 +104,20 @@ def is_worth_it(expected: Expected, costs: Costs) -> bool:
     waited_s = start_s * (1 + rate * start_s / 2)  # by all who come until it has started
     idle_s = expected.chance * expected.first_s + (1 - expected.chance) * _patience_s(expected)
     saved = expected.chance * waited_s * WAITING_HOUR_PICO
-    return saved >= idle_s * costs.hour_pico
+    return saved >= MARGIN * idle_s * costs.hour_pico
+
+
+def stretch(history: History, now_s: float, keep_alive_s: float) -> float:
+    """By how much an idle pool's keep-alive is to be longer or shorter; 1 if nobody knows.
+
+    ``now_s`` is since the epoch; ``keep_alive_s`` that of the break-even.
+    """
+    bucket = int(now_s // BUCKET_S)
+    if not history.knows(bucket):
+        return 1.0
+    soon = history.expect(bucket), history.expect(bucket + 1)
+    rate = max(expected.chance * expected.requests for expected in soon) / BUCKET_S
+    return LONGER if rate * keep_alive_s >= ENOUGH else SHORTER
 
 
 def replicas_ahead(

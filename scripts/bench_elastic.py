@@ -42,6 +42,7 @@ import pandas as pd
 import psutil
 from own_market import MODEL, OwnMarket, tiny_model
 
+from market.autoscaling import Costs, keep_alive_s
 from market.forecast import BUCKET_S, Bucket, History
 from market.simulation.hybrid import HybridOutcome, simulate_hybrid
 from market.simulation.pools import Arrival, Machine, Outcome, simulate
@@ -66,6 +67,7 @@ GPU = "H100"
 # By model of the counts per tenant: one request in so many, mean tokens of prompt and answer.
 THINNED = {"m-large": (100, 593, 174), "m-mid": (1000, 521, 89), "m-small": (400, 159, 27)}
 KNOWN_DAYS = 6
+KEPT_LONGER = 1.5
 SEED = 1
 # Of a tenant's requests so many must have their first token within two seconds.
 GOOD = 0.99
@@ -335,29 +337,35 @@ def known_days(rates: Path) -> list[tuple[History, list[Arrival]]]:
 
 
 def bench_forecast(rates: Path, starts: list[float]) -> list[dict[str, Any]]:
-    """The seventh day, with and without the six before."""
+    """The seventh day, with and without the six before; and with idle pools kept longer blindly."""
     pools = known_days(rates)
     requests = sum(len(arrivals) for _, arrivals in pools)
     print(f"\nday 7 with {requests:,} requests for {len(pools)} models, MIN 0, six days known")
-    head = f"{'start':>6} {'started':<12} {'GPU-hours':>10} {'starts':>7} {'TTFT <= 2 s':>12}"
+    head = f"{'start':>6} {'idle, kept by':<17} {'GPU-hours':>10} {'starts':>7} {'TTFT <= 2 s':>12}"
     print(f"{head} {'later':>8}\n{'-' * (len(head) + 9)}")
     results = []
     for start_s in starts:
         machine = replace(MACHINE, start_s=start_s)
-        for name in ("when asked", "ahead"):
+        break_even_s = keep_alive_s(Bounds(), Costs(HOUR_PICO, start_s))
+        kept = Bounds(0, 64, keep_alive_s=KEPT_LONGER * break_even_s)
+        ways = [
+            ("break-even", Bounds(0, 64), False),
+            (f"{KEPT_LONGER:g} x break-even", kept, False),
+            ("forecast", Bounds(0, 64), True),
+        ]
+        for name, bounds, knows in ways:
             outcomes = [
-                simulate(rows, machine, Bounds(0, 64), HOUR_PICO, DAY_S, known)
+                simulate(rows, machine, bounds, HOUR_PICO, DAY_S, history if knows else None)
                 for history, rows in pools
-                for known in [history if name == "ahead" else None]
             ]
             hours = sum(outcome.replica_s for outcome in outcomes) / 3600
             count = sum(outcome.starts for outcome in outcomes)
             late = sum(seconds > 2 for outcome in outcomes for seconds in outcome.ttft_s)
             print(
-                f"{start_s:>5.0f}s {name:<12} {hours:>10,.0f} {count:>7,} "
+                f"{start_s:>5.0f}s {name:<17} {hours:>10,.0f} {count:>7,} "
                 f"{1 - late / requests:>12.2%} {late:>8,}"
             )
-            results.append({"start_s": start_s, "started": name, "gpu_hours": hours, "late": late})
+            results.append({"start_s": start_s, "kept": name, "gpu_hours": hours, "late": late})
     return results
 
 

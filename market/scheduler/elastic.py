@@ -104,6 +104,7 @@ class Elastic:
             replicas=len(present),
             serving=len(apps),
             speed=memory.speed,
+            stretch=self._forecasts.stretch(deployment.model, deployment.bounds, costs),
             ahead=self._forecasts.ahead(
                 deployment.model, now_s - memory.used_s, costs, is_there=bool(present)
             ),

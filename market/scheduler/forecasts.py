@@ -5,10 +5,11 @@ import logging
 from datetime import timedelta
 
 from market import forecast
-from market.autoscaling import Costs
+from market.autoscaling import Costs, keep_alive_s
 from market.errors import MarketError
 from market.forecast import BUCKET_S, DAYS, Bucket, Expected, History
 from market.scheduler.core import Core
+from market.types import Bounds
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,14 @@ class Forecasts:
         now_s = self._core.clock.now().timestamp()
         places = self._core.config.sequences
         return forecast.replicas_ahead(history, now_s, idle_s, costs, places, is_there=is_there)
+
+    def stretch(self, model: str, bounds: Bounds, costs: Costs) -> float:
+        """By how much the time of day makes an idle pool's keep-alive longer or shorter."""
+        history = self._histories.get(model)
+        if history is None:
+            return 1.0
+        now_s = self._core.clock.now().timestamp()
+        return forecast.stretch(history, now_s, keep_alive_s(bounds, costs))
 
     def expect(self, model: str, within_s: float) -> Expected:
         """What is usual so soon."""

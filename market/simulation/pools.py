@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from market.autoscaling import Costs, Demand, Memory, Snapshot, keep_alive_s
-from market.forecast import BUCKET_S, History, replicas_ahead
+from market.forecast import BUCKET_S, History, replicas_ahead, stretch
 from market.types import Bounds
 
 ROUND_S = 0.5
@@ -109,6 +109,7 @@ class _Pool:
             there,
             self.serving,
             ahead=self.ahead(now_s, demand.idle, there > 0),
+            stretch=self.stretch(now_s),
         )
         wanted = self.memory.decide(pool, now_s).replicas
         if wanted > there:
@@ -124,6 +125,11 @@ class _Pool:
         idle_s = now_s - self.memory.used_s if idle else 0.0
         places = self.machine.places
         return replicas_ahead(self.history, now_s, idle_s, self.costs, places, is_there=is_there)
+
+    def stretch(self, now_s: float) -> float:
+        if self.history is None:
+            return 1.0
+        return stretch(self.history, now_s, keep_alive_s(self.bounds, self.costs))
 
     def next_round_s(self, now_s: float) -> float | None:
         """When to look again; None if only an arrival can change anything."""

@@ -98,6 +98,15 @@ class TestAhead:
         assert decide(replace(idle, ahead=1)).replicas == 1
         assert decide(idle).replicas == 0
 
+    def test_keep_alive_is_stretched_but_not_what_the_operator_says(self):
+        usual = autoscaling.keep_alive_s(Bounds(), COSTS)
+        assert autoscaling.keep_alive_s(Bounds(), COSTS, 0.5) == usual / 2
+        said = Bounds(keep_alive_s=7.0)
+        assert autoscaling.keep_alive_s(said, COSTS, 4.0) == 7.0
+        idle = replace(POOL, peak=0, idle_s=usual * 0.6)
+        assert decide(idle).replicas == 1
+        assert decide(replace(idle, stretch=0.5)).replicas == 0
+
     def test_bounds_and_budget_hold_all_the_same(self):
         paid = replace(POOL, bounds=Bounds(0, 8, spend_max_pico=HOUR_PICO), ahead=4)
         assert decide(paid).signal is Signal.BUDGET

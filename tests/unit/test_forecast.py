@@ -8,12 +8,15 @@ from market.autoscaling import Costs
 from market.forecast import (
     BUCKET_S,
     DAY,
+    LONGER,
     NOTHING,
+    SHORTER,
     Bucket,
     Expected,
     History,
     is_worth_it,
     replicas_ahead,
+    stretch,
 )
 
 HOUR_PICO = 2 * 10**12
@@ -48,7 +51,7 @@ class TestExpect:
 
 class TestWorth:
     def test_many_who_would_wait(self):
-        assert is_worth_it(Expected(1.0, requests=20, load=1), COSTS)
+        assert is_worth_it(Expected(1.0, requests=40, load=1), COSTS)
 
     def test_one_that_comes_some_time_is_not_worth_ten_minutes_of_a_gpu(self):
         assert not is_worth_it(Expected(1.0, requests=1, load=0.1), COSTS)
@@ -60,7 +63,7 @@ class TestWorth:
     def test_slow_starts_and_cheap_gpus_are_sooner(self):
         rare = Expected(1.0, requests=3, load=0.1)
         assert not is_worth_it(rare, COSTS)
-        assert is_worth_it(rare, replace(COSTS, start_s=60.0))
+        assert is_worth_it(rare, replace(COSTS, start_s=90.0))
         assert is_worth_it(rare, replace(COSTS, hour_pico=HOUR_PICO // 10))
 
     def test_one_that_sleeps_wakes_so_fast_that_it_may_sleep_on(self):
@@ -71,6 +74,22 @@ class TestWorth:
         free = replace(COSTS, hour_pico=0)
         assert is_worth_it(Expected(0.6, requests=1, load=0), free)
         assert not is_worth_it(Expected(0.4, requests=99, load=0), free)
+
+
+class TestStretch:
+    NINE_S = (TODAY + NINE) * BUCKET_S
+
+    def test_longer_where_requests_follow_each_other_and_shorter_where_not(self):
+        known = days(*range(1, 15))  # one every ten seconds
+        assert stretch(known, self.NINE_S, 120.0) == LONGER
+        assert stretch(known, self.NINE_S - BUCKET_S, 120.0) == LONGER  # soon
+        assert stretch(known, self.NINE_S + BUCKET_S, 120.0) == SHORTER
+        rare = days(*range(1, 15), bucket=Bucket(2, 20.0))
+        assert stretch(rare, self.NINE_S, 120.0) == SHORTER
+        assert stretch(rare, self.NINE_S, 600.0) == LONGER
+
+    def test_not_at_all_without_days_on_record(self):
+        assert stretch(days(1, since=1), self.NINE_S, 120.0) == 1.0
 
 
 class TestAhead:
