@@ -411,6 +411,11 @@ class FakeCluster:
         stored = StoredModel(model.name, StoredState.READY, size, size, 0.0, pin)
         self.disks[offer.node_id][model.name] = stored
 
+    def read_in(self, model: Model, offer: Offer) -> None:
+        """There at once."""
+        known = self.disks[offer.node_id][model.name]
+        self.disks[offer.node_id][model.name] = replace(known, cached=1.0)
+
     def remove_model(self, name: str, offer: Offer) -> int:
         """Raises NotFound."""
         known = self.disks[offer.node_id].pop(name, None)

@@ -4,7 +4,7 @@ Money is an integer of pico units (10^-12 of the currency) everywhere inside the
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
@@ -813,7 +813,8 @@ class StoredModel:
     """A model on a node's disk.
 
     ``total_bytes`` is what it will have; ``used_s`` the time of the last use, in Unix seconds. Who
-    is ``pinned`` or ``in_use`` is not evicted. ``message`` says why a pull failed.
+    is ``pinned`` or ``in_use`` is not evicted. ``message`` says why a pull failed. ``cached``: the
+    share of its weights that is in the host's memory.
     """
 
     model: str
@@ -824,6 +825,7 @@ class StoredModel:
     pinned: bool = False
     in_use: bool = False
     message: str = ""
+    cached: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

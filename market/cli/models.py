@@ -10,7 +10,7 @@ from market.cli.output import Output, OutputOption, show
 
 app = typer.Typer(help="The catalog of models, and their files.", no_args_is_help=True)
 
-STORED = ("node", "model", "state", "gib", "used", "pinned", "in_use", "message")
+STORED = ("node", "model", "state", "gib", "in_memory", "used", "pinned", "in_use", "message")
 POLL_S = 0.3
 AGAIN_MAX = 20
 ENDED = ("ready", "by_hand", "failed")
@@ -146,6 +146,7 @@ def _stored_row(row: dict[str, Any]) -> dict[str, Any]:
     return row | {
         "node": row["node_id"],
         "gib": size,
+        "in_memory": f"{row['cached']:.0%}",
         "used": f"{used:%Y-%m-%d %H:%M}" if row["used_s"] else "",
     }
 

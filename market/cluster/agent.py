@@ -117,6 +117,10 @@ class NodeAgent:
         """Begin to pull a model; ``models`` tells how far it is."""
         self._pulls.begin(model, Path(models_dir), pin=pin, evict=evict)
 
+    def read_in(self, name: str, models_dir: str) -> None:
+        """Begin to read a model's weights into memory."""
+        self._pulls.read_in(name, Path(models_dir))
+
     def remove_model(self, name: str, models_dir: str) -> int:
         """Remove a model; the bytes that it had. Raises NotFound, Conflict if it is in use."""
         return self._pulls.remove(name, Path(models_dir))
@@ -132,6 +136,7 @@ class Pulls:
         self._threads: dict[str, threading.Thread] = {}
         self._failed: dict[str, str] = {}
         self._to_pin: set[str] = set()
+        self._reading: threading.Thread | None = None
 
     def begin(self, model: Model, models_dir: Path, *, pin: bool, evict: bool = True) -> None:
         """Pull beside us; one that runs goes on."""
@@ -160,6 +165,15 @@ class Pulls:
                     state = StoredState.FAILED
                 found[name] = replace(known, state=state, message=self._failed[name])
         return [found[name] for name in sorted(found)]
+
+    def read_in(self, name: str, models_dir: Path) -> None:
+        """Read a model's weights beside us, one model at a time; what runs goes on."""
+        if self._reading is None or not self._reading.is_alive():
+            self._reading = threading.Thread(
+                target=ModelStore(models_dir).read_in, args=(name,), name=f"read-{name}"
+            )
+            self._reading.daemon = True
+            self._reading.start()
 
     def remove(self, name: str, models_dir: Path) -> int:
         """Raises NotFound, Conflict if it is in use or being pulled."""
@@ -218,6 +232,10 @@ class AgentClient:
     def pull(self, node_id: str, model: Model, models_dir: str, *, pin: bool, evict: bool) -> None:
         """Begin to pull a model to a node. Raises Overloaded if it does not answer."""
         self._ask(node_id, "pull", ANSWER_TIMEOUT_S, model, models_dir, pin, evict)
+
+    def read_in(self, node_id: str, name: str, models_dir: str) -> None:
+        """Begin to read a model into a node's memory. Raises Overloaded if it does not answer."""
+        self._ask(node_id, "read_in", ANSWER_TIMEOUT_S, name, models_dir)
 
     def remove_model(self, node_id: str, name: str, models_dir: str) -> int:
         """Remove a model from a node. Raises Overloaded, NotFound, Conflict."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from market.catalog import Model
+from market.cluster import pagecache
 from market.cluster.sources import (
     TOKENIZER,
     WEIGHTS_AND_TOKENIZER,
@@ -224,8 +225,9 @@ class ModelStore:
     def _one(self, folder: Path) -> StoredModel:
         manifest = _manifest(folder)
         if manifest is None:
-            size = _size(folder)
-            return StoredModel(folder.name, StoredState.BY_HAND, size, size, folder.stat().st_mtime)
+            size, used_s = _size(folder), folder.stat().st_mtime
+            by_hand = StoredState.BY_HAND
+            return StoredModel(folder.name, by_hand, size, size, used_s, cached=_cached(folder))
         size = sum(size for size, _ in manifest["files"].values())
         return StoredModel(
             folder.name,
@@ -235,7 +237,14 @@ class ModelStore:
             (folder / MANIFEST).stat().st_mtime,
             bool(manifest["pinned"]),
             self._in_use(folder.name),
+            cached=_cached(folder),
         )
+
+    def read_in(self, name: str) -> None:
+        """Read a model's weights, so that they are in memory as far as there is room."""
+        with suppress(OSError):  # it may be evicted meanwhile
+            for path in (self._folder / name).glob("*.safetensors"):
+                pagecache.read_in(path)
 
     def _in_use(self, name: str) -> bool:
         try:
@@ -289,6 +298,17 @@ def _limit(environ: Mapping[str, str]) -> int | None:
     if not 0 < limit < 1e9:
         raise InvalidRequest(f"{LIMIT_VARIABLE}={text!r}: GiB for pulled models, e.g. 200")
     return int(limit * GIB)
+
+
+def _cached(folder: Path) -> float:
+    """Share of its weights that are in memory; 0 if nobody can tell."""
+    weights = list(folder.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in weights)
+    try:
+        held = sum(pagecache.cached_share(path) * path.stat().st_size for path in weights)
+    except OSError:
+        return 0.0
+    return held / size if size else 0.0
 
 
 def _has(folder: Path, *, weights: bool) -> bool:

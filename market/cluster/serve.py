@@ -120,6 +120,10 @@ class ServeCluster:
         folder = self._models_dir(offer)
         self._agents.pull(offer.node_id, model, folder, pin=pin, evict=evict)
 
+    def read_in(self, model: Model, offer: Offer) -> None:
+        """Begin to read a model's weights into a node's memory."""
+        self._agents.read_in(offer.node_id, model.name, self._models_dir(offer))
+
     def remove_model(self, name: str, offer: Offer) -> int:
         """Remove a model from a node's disk."""
         return self._agents.remove_model(offer.node_id, name, self._models_dir(offer))

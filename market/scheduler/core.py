@@ -91,6 +91,10 @@ class Cluster(Protocol):
         """
         ...
 
+    def read_in(self, model: Model, offer: Offer) -> None:
+        """Begin to read a model's weights from a node's disk into its memory. Raises Overloaded."""
+        ...
+
     def remove_model(self, name: str, offer: Offer) -> int:
         """Remove a model from a node's disk; the bytes that it had.
 

@@ -6,8 +6,10 @@ from collections.abc import Iterable
 
 from market import catalog, matching
 from market.errors import MarketError, NotFound
+from market.forecast import BUCKET_S
 from market.matching import Misfit
 from market.scheduler.core import Core
+from market.scheduler.forecasts import Forecasts
 from market.scheduler.pools import Pools
 from market.types import LeaseState, Mode, Offer, OfferState, StoredModel, StoredState
 
@@ -16,6 +18,13 @@ logger = logging.getLogger(__name__)
 LOOK_S = 10.0
 SEEN = (OfferState.OPEN, OfferState.DRAINING)
 THERE = (StoredState.READY, StoredState.BY_HAND)
+# Of its weights so much makes a model one that is in memory.
+IN_MEMORY = 0.9
+# A model that so likely is asked for soon is read into memory, if that has room: it may have so
+# much of it.
+LIKELY = 0.3
+MEMORY_MAX = 0.25
+MIB = 1024 * 1024
 # A pull that failed is tried again after this.
 RETRY_S = 600.0
 
@@ -23,9 +32,10 @@ RETRY_S = 600.0
 class Disks:
     """Looks at the disks now and then; nodes that do not answer keep what was seen last."""
 
-    def __init__(self, core: Core, pools: Pools) -> None:
+    def __init__(self, core: Core, pools: Pools, forecasts: Forecasts) -> None:
         self._core = core
         self._pools = pools
+        self._forecasts = forecasts
         self._tried_s: dict[tuple[str, str], float] = {}
 
     async def watch_forever(self) -> None:
@@ -34,6 +44,9 @@ class Disks:
             try:
                 await self.stored()
                 await self.prefetch()
+                await self.read_ahead()
+            except MarketError as error:
+                logger.info("the disks were not seen to: %s", error)
             except Exception:
                 logger.exception("the disks were not seen to")
             await asyncio.sleep(LOOK_S)
@@ -51,6 +64,8 @@ class Disks:
             found[offer.node_id] = models
             names = frozenset(m.model for m in models if m.state in THERE)
             self._core.on_disk[offer.node_id] = names
+            cached = frozenset(m.model for m in models if m.cached >= IN_MEMORY)
+            self._core.in_memory[offer.node_id] = cached & names
 
         await asyncio.gather(*(look(o) for o in self._core.offers if o.state in SEEN))
         return found
@@ -121,6 +136,16 @@ class Disks:
                     )
                 except MarketError as error:
                     logger.info("%s not pulled to %s: %s", name, offer.node_id, error)
+
+    async def read_ahead(self) -> None:
+        """Bring what is likely to be started soon from the disk into the host's memory."""
+        for name, offer in self._expected():
+            model, memory = catalog.find(name), self._core.in_memory.get(offer.node_id, frozenset())
+            there = name in self._core.on_disk.get(offer.node_id, frozenset())
+            fits = model.weights_bytes <= MEMORY_MAX * offer.memory_mib * MIB
+            likely = self._forecasts.expect(name, BUCKET_S).chance >= LIKELY
+            if there and fits and likely and name not in memory:
+                await asyncio.to_thread(self._core.cluster.read_in, model, offer)
 
     def _expected(self) -> list[tuple[str, Offer]]:
         state = self._core.state

@@ -91,9 +91,9 @@ class Scheduler:
         self._orders = Orders(self._core)
         self._pools = Pools(self._core)
         self._rules = Rules(self._core)
-        self._disks = Disks(self._core, self._pools)
         self._shares = Shares(clock, ledger)
         self._forecasts = Forecasts(self._core)
+        self._disks = Disks(self._core, self._pools, self._forecasts)
         self._elastic = Elastic(self._core, self._pools, self._shares, self._forecasts)
         self._keeper = Keeper(
             self._core,

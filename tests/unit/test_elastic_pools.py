@@ -448,6 +448,20 @@ class TestForecast:
             await demands(200)
             assert await states(scheduler) == [DeploymentState.COLD]
 
+    async def test_weights_of_what_is_likely_are_read_into_memory(self, farm):
+        async with farm.opened() as scheduler:
+            await pool(scheduler, minimum=0, maximum=1)
+            farm.cluster.pull(catalog.find("tiny-qwen"), FARM, pin=False, evict=False)
+            await scheduler._disks.stored()
+            await scheduler._disks.read_ahead()
+            assert farm.cluster.disks["farm"]["tiny-qwen"].cached == 0
+            now = int(farm.clock.now().timestamp()) // BUCKET_S + 1
+            farm.ledger.asked = [("tiny-qwen", now - day * DAY, 1, 1.0) for day in range(1, 4)]
+            await scheduler._forecasts.refresh()
+            await scheduler._disks.read_ahead()
+            await scheduler._disks.stored()
+            assert scheduler._core.in_memory == {"farm": {"tiny-qwen"}}
+
     async def test_without_a_ledger_that_answers_nothing_is_forecast(self, farm):
         async with farm.opened() as scheduler:
             await pool(scheduler, minimum=0, maximum=2)
