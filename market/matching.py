@@ -51,8 +51,13 @@ def match(
     calendar: Calendar,
     now: datetime,
     classes: Classes = (),
+    on_disk: Mapping[str, Collection[str]] | None = None,
 ) -> Match | Misfit:
-    """The cheapest place for a lease, bound to GPUs if it starts now."""
+    """The cheapest place for a lease, bound to GPUs if it starts now.
+
+    Then one whose node has the model on its disk (``on_disk``, by node) comes before others at the
+    same price.
+    """
     start = max(order.start or now, now)
     end = start + timedelta(seconds=order.term_s)
     against = {o.offer_id: _against(order, model, o, start, end) for o in offers}
@@ -60,9 +65,13 @@ def match(
     later = order.start is not None and start > now
     for ask_pico in sorted({offer.ask_pico for offer in suitable}):
         same = [offer for offer in suitable if offer.ask_pico == ask_pico]
-        found = _pick(order, model, same, calendar, (start, end), later, classes)
-        if found is not None:
-            return found
+        near = [
+            o for o in same if on_disk and not later and model.name in on_disk.get(o.node_id, ())
+        ]
+        for some in (near, same):
+            found = _pick(order, model, some, calendar, (start, end), later, classes)
+            if found is not None:
+                return found
     earliest = _earliest(order, model, offers, calendar, start)
     reasons = [(o, against[o.offer_id] or _no_room(order, o, calendar, start, end)) for o in offers]
     return Misfit(_explain(order, reasons, earliest), earliest)

@@ -241,7 +241,8 @@ class Orders:
     def _match(self, order: Order) -> Match | Misfit:
         core = self._core
         now, model = core.clock.now(), catalog.find(order.model)
-        return matching.match(order, model, core.offers, core.calendar, now, self._classes(now))
+        classes, on_disk = self._classes(now), core.on_disk
+        return matching.match(order, model, core.offers, core.calendar, now, classes, on_disk)
 
     def _quote(self, order: Order) -> Quote:
         found = self._match(order)

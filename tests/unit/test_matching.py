@@ -109,6 +109,27 @@ class TestWhere:
         order, big = replace(ORDER, gpu_count=2), catalog.find("qwen-14b")
         assert found(order, offer(), model=big).place.gpu_indices == (0, 1)
 
+    def test_node_that_has_the_model_comes_first_at_the_same_price(self):
+        offers = [offer("a", "1"), offer("b", "1"), offer("dear", "2")]
+        calendar, order = calendar_of(*offers), replace(ORDER, start=None)
+
+        def chosen(**on_disk):
+            return match(order, QWEN, offers, calendar, NOON, on_disk=on_disk).offer.offer_id
+
+        first = chosen()
+        other = "b" if first == "a" else "a"
+        assert chosen(**{other: {QWEN.name}}) == other
+        assert chosen(**{other: {"something-else"}}) == first
+        assert chosen(dear={QWEN.name}) == first
+
+    def test_full_node_that_has_the_model_keeps_nobody_from_the_others(self):
+        offers = [offer("a", "1"), offer("b", "1")]
+        full = [(gpu.index, 1000, 0, None) for gpu in offers[0].gpus]
+        calendar = calendar_of(*offers, a=full)
+        order = replace(ORDER, start=None)
+        got = match(order, QWEN, offers, calendar, NOON, on_disk={"a": {QWEN.name}})
+        assert got.offer.offer_id == "b"
+
 
 class TestWhen:
     def test_start_that_has_passed_is_now(self):
