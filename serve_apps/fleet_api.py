@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from market import catalog, leases, pricing
 from market.errors import InvalidRequest, PermissionDenied
+from market.scheduler.core import has_gpus
 from market.scheduler.nodes import Proof
 from market.scheduler.orders import Quote
 from market.scheduler.service import deployment_state
@@ -491,7 +492,7 @@ async def _offers(services: Services) -> list[dict[str, Any]]:
     held: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for deployment, replicas in await services.scheduler.deployments():
         for replica in replicas:
-            for index in replica.place.gpu_indices:
+            for index in replica.place.gpu_indices if has_gpus(replica) else ():
                 held.setdefault((replica.place.offer_id, index), []).append(
                     {"model": deployment.model, "milli": replica.place.gpu_milli}
                     | {"mode": deployment.mode, "state": replica.state}

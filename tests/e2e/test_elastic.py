@@ -1,12 +1,14 @@
 """Models that sleep, wake, share GPUs and spill: all are answered, and billed right."""
 
 import asyncio
+import os
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 
 import httpx
 import pytest
 
+from tests import sleepy
 from tests.e2e.conftest import running_market, wait_until
 from tests.hub import hub
 
@@ -159,6 +161,10 @@ def shared(tmp_path_factory, tiny_model):
     hybrid's lease. A replica serves two requests at once.
     """
     home = tmp_path_factory.mktemp("shared-market") / "operator"
+    plugins = tmp_path_factory.mktemp("plugins")
+    sleepy.installed(plugins)
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(plugins), *on_path()]))
     gpu = ("--gpus", "1", "--gpu-memory-gib", "3", "--ask", "2")
     with running_market(home, tiny_model, MARKET_SEQUENCES="2") as market:
         nodes = [market.join(name, f"provider-{name}", *gpu) for name in ("one", "two")]
@@ -179,6 +185,11 @@ def shared(tmp_path_factory, tiny_model):
         finally:
             with ThreadPoolExecutor() as pool:
                 list(pool.map(lambda node: node.run("leave", "--force"), nodes))
+            monkeypatch.undo()
+
+
+def on_path():
+    return filter(None, [os.environ.get("PYTHONPATH")])
 
 
 def test_four_models_share_two_gpus_and_leave_the_lease_alone(shared):
@@ -377,9 +388,36 @@ def test_wrong_options_say_what_to_do_and_change_nothing(shared):
     ]
 
 
+def test_idle_replica_sleeps_and_wakes_in_the_same_process(shared):
+    """An engine of another package that says it can: its GPU is free meanwhile."""
+    shared.cli("undeploy", CHEAP, "--yes")
+    wait_until(lambda: CHEAP not in deployed(shared), "the end of the other engine", 120)
+    shared.cli("deploy", CHEAP, "--engine", "sleepy", "--replicas", "0:1", "--keep-alive", "2s")
+    tenant = shared.tenant()
+    ((_, first),) = asked(tenant, 1, model=CHEAP, max_tokens=3)
+    (awake,) = deployed(shared)[CHEAP]["places"]
+    wait_until(lambda: deployed(shared)[CHEAP]["state"] == "asleep" or None, "its sleep", 60)
+    (asleep,) = deployed(shared)[CHEAP]["places"]
+    assert asleep["replica_id"] == awake["replica_id"]
+    used = [entry["model"] for o in shared.get("/offers") for g in o["gpus"] for entry in g["used"]]
+    assert CHEAP not in used
+    assert CHEAP in [model.id for model in tenant.client().models.list().data]
+    ((_, second),) = asked(tenant, 1, model=CHEAP, max_tokens=3)
+    texts = [body.choices[0].message.content for body in (first, second)]
+    assert texts == ["0 0 0 ", "1 1 1 "]  # it counts its sleeps: it is the same engine
+    starts = [name for name in shared.status()["scheduler"]["start_s"] if CHEAP in name]
+    assert {name.rpartition("/")[2] for name in starts} >= {"asleep"}
+    shared.cli("undeploy", CHEAP, "--yes")
+
+
+def deployed(market):
+    """Deployments by model."""
+    return {deployment["model"]: deployment for deployment in market.get("/deployments")}
+
+
 def test_idle_time_of_a_lease_is_sold_and_taken_back_in_the_middle_of_an_answer(shared):
     """The buyer's text is the one it would have been; the holder is served at once, and earns."""
-    for model in FOUR[1:]:
+    for model in FOUR[2:]:
         shared.cli("undeploy", model, "--yes")
     shared.cli("deploy", MODEL, "--replicas", "0:1", "--keep-alive", "2s")
     wait_until(lambda: pool_of(shared)["state"] == "cold" or None, "the pool's sleep", 120)
