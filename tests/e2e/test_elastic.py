@@ -261,7 +261,7 @@ def asked(tenant, count, **more):
 
 def test_gateway_killed_while_a_hybrid_spills_costs_nobody_anything(shared):
     """kill -9: what was cut off is not charged, what was held returns, the rule is there again."""
-    acme, long = shared.acme, ASKED | {"max_tokens": 200, "ignore_eos": True}
+    acme, long = shared.acme, ASKED | {"max_tokens": 1500, "ignore_eos": True}
     asked(shared.tenant(), 1)  # the pool is awake
     wait_until(lambda: open_holds(shared) == 1, "an end of all holds but the lease's")
     headers = {"authorization": f"Bearer {acme.key}"}
