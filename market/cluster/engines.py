@@ -19,7 +19,8 @@ def engine_paths() -> dict[str, str]:
 
     A package adds an engine by an entry point of the group ``market.engines``.
     """
-    return {entry.name: entry.value for entry in entry_points(group=GROUP)} | ENGINES
+    found = entry_points(group=GROUP)
+    return {entry.name: f"{entry.module}:{entry.attr}" for entry in found} | ENGINES
 
 
 def sleeps(name: str, *, logical: bool) -> bool:

@@ -405,8 +405,8 @@ def test_idle_replica_sleeps_and_wakes_in_the_same_process(shared):
     ((_, second),) = asked(tenant, 1, model=CHEAP, max_tokens=3)
     texts = [body.choices[0].message.content for body in (first, second)]
     assert texts == ["0 0 0 ", "1 1 1 "]  # it counts its sleeps: it is the same engine
-    starts = [name for name in shared.status()["scheduler"]["start_s"] if CHEAP in name]
-    assert {name.rpartition("/")[2] for name in starts} >= {"asleep"}
+    woken = f"{CHEAP}/sleepy/logical/asleep"
+    wait_until(lambda: woken in shared.status()["scheduler"]["start_s"], "its measured start")
     shared.cli("undeploy", CHEAP, "--yes")
 
 
