@@ -23,6 +23,8 @@ WHOLE_MILLI = 1000
 # Of a replica's KV cache and of its known speed, so much may be in use.
 KV_USED = 0.8
 WORK_USED = 0.8
+# What a full pool does is known after so long: rates are means over a while.
+FULL_S = 15.0
 # A signal about one replica's limits asks for at most so many times as many.
 GROWTH_MAX = 2.0
 # Whoever waits is to be served within this time.
@@ -199,20 +201,32 @@ class Memory:
         self._needed: deque[tuple[float, int]] = deque()
         self.used_s = now_s
         self.speed = 0.0
+        self._full_since_s: float | None = None
         self.decision: Decision | None = None
 
     def decide(self, pool: Snapshot, now_s: float) -> Decision:
         """``decide`` for the pool as it is now; its ``peak`` and ``idle_s`` are filled in here."""
         if not pool.demand.idle:
             self.used_s = now_s
-        if pool.serving and pool.demand.waiting:  # only a full pool shows what it can do
-            self.speed = max(self.speed, pool.demand.work_per_s / pool.serving)
+        self._learn(pool, now_s)
         self._needed.append((now_s, needed(pool).replicas))
         while self._needed[0][0] < now_s - stable_s(pool.costs):
             self._needed.popleft()
         peak = max(count for _, count in self._needed)
         self.decision = decide(replace(pool, peak=peak, idle_s=now_s - self.used_s))
         return self.decision
+
+    def _learn(self, pool: Snapshot, now_s: float) -> None:
+        """What a replica can do is seen first in a pool that was full for a while; then whatever is
+        more than that.
+        """
+        if not (pool.serving and pool.demand.waiting):
+            self._full_since_s = None
+        elif self._full_since_s is None:
+            self._full_since_s = now_s
+        full = self._full_since_s is not None and now_s - self._full_since_s >= FULL_S
+        if pool.serving and (full or self.speed):
+            self.speed = max(self.speed, pool.demand.work_per_s / pool.serving)
 
 
 def stable_s(costs: Costs) -> float:

@@ -129,8 +129,14 @@ def replicas_ahead(
     nobody has asked. 0 if nothing is expected, or it did not come.
     """
     start_s = costs.start_s if costs.wake_s is None else costs.wake_s
-    lead_s = max(start_s, STAYS_S) if is_there else start_s
-    bucket = int((now_s + lead_s) // BUCKET_S)
+    leads_s = (start_s, max(start_s, STAYS_S)) if is_there else (start_s,)
+    buckets = {int((now_s + lead_s) // BUCKET_S) for lead_s in leads_s}
+    return max(_in_bucket(history, bucket, now_s, idle_s, costs, places) for bucket in buckets)
+
+
+def _in_bucket(  # what replicas_ahead has, of one bucket
+    history: History, bucket: int, now_s: float, idle_s: float, costs: Costs, places: int
+) -> int:
     expected = history.expect(bucket)
     if not is_worth_it(expected, costs):
         return 0

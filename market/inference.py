@@ -21,9 +21,9 @@ from market.errors import (
     EngineFailed,
     MarketError,
     MarketFault,
+    NoCapacity,
     Overloaded,
     PermissionDenied,
-    Revoked,
 )
 from market.fairness import input_work
 from market.metering import TELLING, Admission, Ask, Meter, final_reason, make_record
@@ -47,6 +47,8 @@ from market.types import (
 )
 
 DISPATCHES_MAX = 2
+# An answer that had to leave a replica has so long to find another, from its last token on.
+MOVE_WAIT_S = 600.0
 # The next block is asked for when so many tokens of the last are left.
 EXTEND_AHEAD_TOKENS = 64
 # Answers of one request that are generated at a time: it has one place in the queue, not a pool.
@@ -304,9 +306,11 @@ class Inference:
         # Who can be served elsewhere at once does not wait for a replica to come back.
         tries = DISPATCHES_MAX if admission.choice.otherwise is None else 1
         given: list[int] = []
-        route = self._routes.least_busy(
-            admission.route, principal.subject_id if ask.can_move else None
-        )
+        moved, until_s = 0, float("inf")
+        # What is paid by the hour stays where it is paid.
+        borrows = ask.can_move and admission.route.lane is not Lane.LEASE
+        borrower = principal.subject_id if borrows else None
+        route = self._routes.least_busy(admission.route, borrower)
         for number in itertools.count(1):
             if route.loan is not None and not ask.can_move:
                 route = await self._routes.elsewhere(route, principal, borrows=False)
@@ -333,9 +337,17 @@ class Inference:
                         if chunk.finish_reason is not None:
                             return  # complete: what happens to the replica now is not our matter
                 raise EngineFailed("the replica ended its stream without finishing")
-            except Revoked:
-                route = await self._routes.elsewhere(route, principal, borrows=True)
-            except (EngineFailed, Overloaded):
+            except (EngineFailed, Overloaded) as error:
+                lent = route.loan is not None
+                if borrows and (lent or (given and isinstance(error, Overloaded))):
+                    if len(given) > moved or until_s == float("inf"):
+                        moved, until_s = len(given), self._clock.monotonic() + MOVE_WAIT_S
+                    if self._clock.monotonic() >= until_s:
+                        raise NoCapacity(
+                            f"no replica of {route.model} had room for the rest", retry_after_s=10
+                        ) from error
+                    route = await self._routes.elsewhere(route, principal, borrows=True)
+                    continue
                 tries -= 1
                 if given or not tries:
                     raise

@@ -345,13 +345,14 @@ class Rule:
 class RouteTable:
     """Routes that can be used, one per replica, deployments without one, and rules of tenants.
 
-    ``lent`` are leases' replicas that serve pools as well.
+    ``lent`` are leases' replicas that serve pools as well. So many ``gateways`` use them.
     """
 
     ready: tuple[Route, ...]
     starting: tuple[NotReady, ...]
     rules: tuple[Rule, ...] = ()
     lent: tuple[Route, ...] = ()
+    gateways: int = 1
 
 
 @dataclass(frozen=True, slots=True)

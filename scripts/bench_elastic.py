@@ -114,7 +114,8 @@ class Watcher(threading.Thread):
         for process in self._head.children(recursive=True):
             try:
                 if any(REPLICA in part for part in process.cmdline()):
-                    self.seen["process"] = process.create_time()
+                    # Its own word depends on a clock that stood still with the machine.
+                    self.seen["process"] = time.time()
             except psutil.NoSuchProcess:
                 continue
 

@@ -27,9 +27,8 @@ class Lending:
         """
         if not borrowed:
             self._own += 1
-            for scope in self._borrowed:
-                scope.reschedule(0)  # long past: it expires before anything else is awaited
             try:
+                self._revoke()
                 yield
             finally:
                 self._own -= 1
@@ -47,3 +46,12 @@ class Lending:
             raise Revoked("the lease's holder needs it") from None
         finally:
             self._borrowed.discard(scope)
+
+    def close(self) -> None:
+        """Nobody may borrow any more."""
+        self._own += 1
+        self._revoke()
+
+    def _revoke(self) -> None:
+        while self._borrowed:  # one that expires cannot be told twice
+            self._borrowed.pop().reschedule(0)  # long past: before anything else is awaited

@@ -177,6 +177,7 @@ class LiveRoutes:
             ),
             rules=table.rules,
             lent=table.lent,
+            gateways=table.gateways,
         )
         self._rules = {}
         for rule in table.rules:
@@ -278,8 +279,6 @@ class LiveRoutes:
         principal: Principal,
         lane: Lane = Lane.TOKENS,
         enough: Callable[[], bool] = lambda: False,
-        *,
-        borrows: bool = True,
     ) -> Route | NotReady | None:
         """Wait for a model's pool to start (or for what is ``enough``).
 
@@ -297,6 +296,18 @@ class LiveRoutes:
                 code="model_loading",
                 retry_after_s=COLD_RETRY_S,
             )
+        return await self._awake(model, principal, lane, enough, borrows=True)
+
+    async def _awake(
+        self,
+        model: str,
+        principal: Principal,
+        lane: Lane,
+        enough: Callable[[], bool],
+        *,
+        borrows: bool,
+    ) -> Route | NotReady | None:
+        who = model, principal.subject_id
         began_s = time.monotonic()
         self._cold[who] += 1
         self._cold_now.set()
@@ -343,7 +354,7 @@ class LiveRoutes:
         """
         ready = [r for r in self._table.ready if r.deployment_id == route.deployment_id]
         best = min(ready, key=self._busy, default=route)
-        if borrower is not None and not self._has_room(best):
+        if borrower is not None and route.lease_id is None and not self._has_room(best):
             best = next(iter(self._lent(route.model, borrower)), best)
         return replace(best, lane=route.lane)
 
@@ -353,13 +364,20 @@ class LiveRoutes:
         A pool at zero is started and waited for. Raises EngineFailed if nowhere, NoCapacity if it
         takes too long.
         """
-        self._wanted_back[route.app_name] = time.monotonic() + WANTED_BACK_S
-        until_s = time.monotonic() + COLD_WAIT_S
+        now_s = time.monotonic()
+        self._wanted_back = {app: s for app, s in self._wanted_back.items() if s > now_s}
+        if borrows and route.loan is not None:
+            self._wanted_back[route.app_name] = now_s + WANTED_BACK_S
+        until_s = now_s + COLD_WAIT_S
         while time.monotonic() < until_s:
             found = self._at(route.model, None, principal, route.lane, borrows=borrows)
             if isinstance(found, NotReady) and found.wakes:
-                found = await self.awake(route.model, principal, route.lane, borrows=borrows)
+                found = await self._awake(
+                    route.model, principal, route.lane, lambda: False, borrows=borrows
+                )
             if isinstance(found, Route):
+                if found.app_name == route.app_name:  # it has just refused
+                    await asyncio.sleep(ANOTHER_POLL_S)
                 return replace(found, lane=route.lane)
             if found is None:
                 break
@@ -499,7 +517,8 @@ class LiveRoutes:
 
     def _has_room(self, route: Route) -> bool:
         link = self._engines.get(route.app_name)
-        return link is not None and link.connected and link.streams < route.places
+        part = -(-route.places // max(1, self._table.gateways))  # others send there, too
+        return link is not None and link.connected and link.streams < part
 
     def _busy(self, route: Route) -> tuple[bool, int, str]:
         """A replica that was lost comes last; else the answers under way through this gateway."""

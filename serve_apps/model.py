@@ -25,6 +25,7 @@ from ray import serve
 
 from market.catalog import Model, find
 from market.cluster.agent import REPLICA_VARIABLE
+from market.cluster.engines import sleeps
 from market.cluster.models import fetch
 from market.cluster.node import NODE_LABEL, NODE_VARIABLE, slot_resource
 from market.credit import Credit, within
@@ -149,15 +150,18 @@ class ModelReplica:
     async def _sleep_or_wake(self, engine: LoadedEngine, asleep: bool) -> None:
         if not isinstance(engine, SleepingEngine):
             raise MarketFault(f"the engine {self._engine_name} cannot sleep")
+        assert self._settings is not None
         if not asleep:
-            await engine.wake()
+            async with quiet_gpus(self._settings.place):
+                await engine.wake()
             self._awake.set()
             return
         self._awake.clear()
         await self._warming
         while self._link.streams:  # gateways send nothing more; what they have sent is answered
             await asyncio.sleep(STREAMS_POLL_S)
-        await engine.sleep()
+        async with quiet_gpus(self._settings.place):
+            await engine.sleep()
 
     async def _warm_up(self, engine: LoadedEngine) -> None:
         """Engines load the last of what they need with their first answer: while gateways look for
@@ -184,6 +188,8 @@ class ModelReplica:
         self, request: EngineRequest, credit: Credit
     ) -> AsyncGenerator[EngineChunk, None]:
         """Stream an answer as far as it is paid for. Raises Revoked if it was only lent a place."""
+        if self._settings is not None and self._settings.asleep:
+            raise Overloaded("this replica sleeps", retry_after_s=1)  # it would wait for us
         await self._awake.wait()
         engine, settings = self._engine, self._settings
         assert engine is not None
@@ -233,6 +239,7 @@ class ModelReplica:
         """Let answers end, then the engine's processes: Serve does not know of our streams."""
         link = getattr(self, "_link", None)
         if link is not None:
+            self._lending.close()  # they can go on elsewhere
             settings = self._settings
             await link.stop(0 if settings is None else settings.drain_s)
         engine = getattr(self, "_engine", None)
@@ -285,7 +292,9 @@ def build_app(
     if replica.process:
         return _application(replica.process, deployment.engine, offer, {}, 0, drain_s, settings)
     slots = {slot_resource(place.node_id, i): place.gpu_milli / 1000 for i in place.gpu_indices}
-    cpus = 0 if slots else REPLICA_CPUS
+    if deployment.lease_id is None and sleeps(deployment.engine, logical=offer.logical):
+        slots = {}  # an actor cannot give them back while it sleeps
+    cpus = 0 if place.gpu_indices else REPLICA_CPUS
     name = replica.replica_id
     return _application(name, deployment.engine, offer, slots, cpus, drain_s, settings)
 
@@ -310,7 +319,7 @@ def _application(
     if not offer.logical:
         # The slot is the authority: Ray must not blank or change what we say.
         variables["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"
-        if settings is not None and slots:
+        if settings is not None and process == settings.replica_id:
             variables |= visible_gpus(settings.place, settings.logical)
     served = serve.deployment(
         name="replica",

@@ -37,6 +37,7 @@ class Disks:
         self._pools = pools
         self._forecasts = forecasts
         self._tried_s: dict[tuple[str, str], float] = {}
+        self._read_s: dict[tuple[str, str], float] = {}
 
     async def watch_forever(self) -> None:
         """Look, and pull ahead."""
@@ -144,7 +145,10 @@ class Disks:
             there = name in self._core.on_disk.get(offer.node_id, frozenset())
             fits = model.weights_bytes <= MEMORY_MAX * offer.memory_mib * MIB
             likely = self._forecasts.expect(name, BUCKET_S).chance >= LIKELY
-            if there and fits and likely and name not in memory:
+            now_s, key = self._core.clock.monotonic(), (name, offer.node_id)
+            again = now_s - self._read_s.get(key, float("-inf")) > RETRY_S
+            if there and fits and likely and again and name not in memory:
+                self._read_s[key] = now_s
                 await asyncio.to_thread(self._core.cluster.read_in, model, offer)
 
     def _expected(self) -> list[tuple[str, Offer]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from market import autoscaling, catalog, matching
-from market.autoscaling import Busy, Costs, Decision, Idler, Memory, Snapshot
+from market.autoscaling import Busy, Costs, Decision, Idler, Memory, Signal, Snapshot
 from market.calendar import Oversubscribed
 from market.catalog import Model
 from market.matching import Misfit, micros
@@ -34,6 +34,8 @@ MEMORY_BYTES_PER_S = 10e9
 ASLEEP_MEMORY = 0.5
 # A replica that has just started for somebody is about to be asked, though no report says so yet.
 EVICT_AFTER_S = 3.0
+# Whose replica made room for somebody does not start another ahead of need for so long.
+EVICTED_S = 600.0
 # Weight of the newest measurement.
 NEWEST = 0.3
 
@@ -57,6 +59,7 @@ class Elastic:
         self._memories: dict[str, Memory] = {}
         self._draining_since_s: dict[str, float] = {}
         self._asleep_since_s: dict[str, float] = {}
+        self._evicted_s: dict[str, float] = {}
         self._starting: dict[str, tuple[float, StartFrom]] = {}
 
     async def round(self) -> None:
@@ -68,6 +71,7 @@ class Elastic:
             pools = [d for d in self._core.state.deployments.values() if d.mode is Mode.TOKENS]
             for gone in self._memories.keys() - {d.deployment_id for d in pools}:
                 del self._memories[gone]
+                self._evicted_s.pop(gone, None)
             for deployment in sorted(pools, key=lambda d: (d.created_at, d.deployment_id)):
                 if not deployment.stopping:
                     await self._scale(deployment)
@@ -85,7 +89,8 @@ class Elastic:
         decision = self._decide(deployment, present)
         failed = any(replica.state is ReplicaState.FAILED for replica in present)
         if decision.replicas > len(present) and not failed:
-            await self._grow(deployment, decision.replicas - len(present))
+            asked = decision.signal is not Signal.FORECAST
+            await self._grow(deployment, decision.replicas - len(present), makes_room=asked)
         elif decision.replicas < len(present) and self._shares.heard:
             await self._shrink(present, len(present) - decision.replicas, decision)
 
@@ -105,11 +110,16 @@ class Elastic:
             serving=len(apps),
             speed=memory.speed,
             stretch=self._forecasts.stretch(deployment.model, deployment.bounds, costs),
-            ahead=self._forecasts.ahead(
-                deployment.model, now_s - memory.used_s, costs, is_there=bool(present)
-            ),
+            ahead=self._ahead(deployment, now_s - memory.used_s, costs, bool(present)),
         )
         return memory.decide(pool, now_s)
+
+    def _ahead(self, deployment: Deployment, idle_s: float, costs: Costs, is_there: bool) -> int:
+        """What the time of day asks for; nothing for who has just made room for somebody."""
+        evicted_s = self._evicted_s.get(deployment.deployment_id, float("-inf"))
+        if self._core.clock.monotonic() - evicted_s < EVICTED_S:
+            return 0
+        return self._forecasts.ahead(deployment.model, idle_s, costs, is_there=is_there)
 
     def _lent(self, model: str) -> list[tuple[str, str]]:
         """(application, lease) of leases' replicas that serve the model's pool while idle."""
@@ -119,7 +129,7 @@ class Elastic:
             for replica in self._core.replicas_of(lease.lease_id)
         ]
 
-    async def _grow(self, deployment: Deployment, count: int) -> None:
+    async def _grow(self, deployment: Deployment, count: int, *, makes_room: bool) -> None:
         """Take back what drains, then wake what sleeps, then start anew, or make room."""
         replicas = self._core.replicas_of(deployment.deployment_id)
         draining = [r for r in replicas if r.state is ReplicaState.DRAINING]
@@ -135,7 +145,8 @@ class Elastic:
         for _ in range(count - len(back) - falling):
             misfit = await self._pools.add_replica(deployment.deployment_id)
             if misfit is not None:
-                await self._make_room(deployment, misfit)
+                if makes_room:  # for who asks, not for who is only expected
+                    await self._make_room(deployment, misfit)
                 return
 
     async def _shrink(self, present: list[Replica], count: int, decision: Decision) -> None:
@@ -157,6 +168,8 @@ class Elastic:
         for replica in asleep:
             if len(woken) == count:
                 break
+            if not self._takes_pools(replica):
+                continue
             back = replace(replica, state=ReplicaState.STARTING, reason="waking up")
             try:
                 self._core.book_replica(back)
@@ -197,9 +210,7 @@ class Elastic:
         core = self._core
         deployment = core.state.deployments.get(replica.deployment_id)
         offer = core.state.offers[replica.place.offer_id]
-        if deployment is None or deployment.stopping or not matching.takes_pools(
-            offer, core.clock.now()
-        ):  # fmt: skip
+        if deployment is None or deployment.stopping or not self._takes_pools(replica):
             return False
         if not replica.place.gpu_indices or not core.cluster.can_sleep(deployment.engine, offer):
             return False
@@ -219,10 +230,15 @@ class Elastic:
             deployment = self._core.state.deployments[replica.deployment_id]
             costs = self._costs(deployment, catalog.find(deployment.model), [replica])
             slept_s = now_s - self._asleep_since_s[replica.replica_id]
-            if slept_s >= autoscaling.keep_asleep_s(costs):
+            over = slept_s >= autoscaling.keep_asleep_s(costs)
+            if over or not self._takes_pools(replica):
                 reason = f"asleep for {slept_s:.0f} s"
                 gone = replace(replica, state=ReplicaState.STOPPING, reason=reason)
                 await self._core.store.save([gone])
+
+    def _takes_pools(self, replica: Replica) -> bool:
+        offer = self._core.state.offers[replica.place.offer_id]
+        return matching.takes_pools(offer, self._core.clock.now())
 
     def _in_state(self, state: ReplicaState) -> list[Replica]:
         return [r for r in self._core.state.replicas.values() if r.state is state]
@@ -247,6 +263,9 @@ class Elastic:
             chosen = chosen or autoscaling.to_evict(here, free, milli)
         if chosen:
             logger.info("%s: room for it by %s", deployment.model, ", ".join(chosen))
+            now_s = self._core.clock.monotonic()
+            for name in chosen:
+                self._evicted_s[self._core.state.replicas[name].deployment_id] = now_s
             await self._drain(chosen, f"idle, and {deployment.model} needs its GPU")
         else:
             logger.info("%s cannot grow: %s", deployment.model, misfit.reason)

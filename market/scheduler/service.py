@@ -378,7 +378,11 @@ class Scheduler:
                 loan=Loan(route.lease_id, leases[route.lease_id].tenant_id),
             )
             for route in ready
-            if route.lease_id in leases and leases[route.lease_id].resale and route.model in pools
+            if route.lease_id in leases
+            and leases[route.lease_id].resale
+            and route.model in pools
+            # Else what the one takes the other may refuse, in the middle of an answer.
+            and pools[route.model].engine == leases[route.lease_id].engine
         )
 
     def _route(self, deployment: Deployment, replica: Replica) -> Route:

@@ -106,7 +106,6 @@ class Shares:
 
         Raises Conflict if the gateway is fenced.
         """
-        self._count_asked(ask)
         if ask.opens is not None:
             wanted = self._sized(ask, ask.opens.wanted_pico, ask.opens.minimum_pico)
             result = await self._ledger.open_hold(replace(ask.opens, wanted_pico=wanted))
@@ -115,6 +114,8 @@ class Shares:
             wanted = self._sized(ask, ask.changes.wanted_pico, ask.changes.minimum_pico)
             change = replace(ask.changes, wanted_pico=wanted)
             result = await self._ledger.resize_hold(ask.producer, ask.epoch, change)
+        if result.hold is not None:
+            self._count_asked(ask)
         if result.hold is None and result.elsewhere_pico:
             until_s = self._clock.monotonic() + RECALL_S
             self._recalls[ask.tenant_id] = (ask.producer, until_s)
@@ -141,7 +142,7 @@ class Shares:
             if now_s < until_s and asker != report.producer
         }
         return GatewayOrders(
-            routes=routes,
+            routes=replace(routes, gateways=len(self._gateways)),
             pools={
                 name: self._pools[name].share(report.producer, places.get(name))
                 for name in report.pools

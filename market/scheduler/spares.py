@@ -25,6 +25,8 @@ from market.types import (
 
 logger = logging.getLogger(__name__)
 
+# Where a process could not start, none is tried for so long.
+RETRY_S = 600.0
 STARTING = (ReplicaState.WAITING, ReplicaState.STARTING)
 
 
@@ -34,18 +36,18 @@ class Spares:
     def __init__(self, core: Core, pools: Pools) -> None:
         self._core = core
         self._pools = pools
-        self._failed: set[tuple[str, str]] = set()
+        self._failed_s: dict[tuple[str, str], float] = {}
 
     def keep(self, view: ClusterView) -> list[Spare]:
         """Give up those that are of no use any more; returns those that are to be started."""
-        core = self._core
+        core, now_s = self._core, self._core.clock.monotonic()
         elastic = [d for d in core.state.deployments.values() if _is_elastic(d)]
         engines = {deployment.engine for deployment in elastic}
         for spare in list(core.spares.values()):
             app = view.apps.get(app_name(spare.process))
             if app is not None and app.failed:
                 logger.warning("no spare process of %s: %s", spare.engine, app.message)
-                self._failed.add((spare.offer_id, spare.engine))
+                self._failed_s[spare.offer_id, spare.engine] = now_s
             failed = app is not None and app.failed
             if failed or spare.engine not in engines or not self._is_usable(spare.offer_id):
                 del core.spares[spare.process]  # the reconciler removes what nobody wants
@@ -55,8 +57,11 @@ class Spares:
             for place in self._next_places(deployment)
         }
         there = Counter((spare.offer_id, spare.engine) for spare in core.spares.values())
-        fresh = []
-        for offer_id, engine in sorted(wanted - self._failed):
+        known_s = self._failed_s.items()
+        self._failed_s = {key: at_s for key, at_s in known_s if now_s - at_s < RETRY_S}
+        # One whose application is not there (yet) may have to be started again.
+        fresh = [s for s in core.spares.values() if app_name(s.process) not in view.apps]
+        for offer_id, engine in sorted(wanted - self._failed_s.keys()):
             enough = there[offer_id, engine] >= core.config.spares
             if not enough and not self._is_busy(offer_id, view):
                 node_id = core.state.offers[offer_id].node_id

@@ -82,9 +82,13 @@ class TestLimits:
         memory = autoscaling.Memory(0.0)
         memory.decide(asked(running=3, work_per_s=50.0), 0.0)
         assert memory.speed == 0
-        memory.decide(asked(running=10, waiting=1, work_per_s=120.0), 1.0)
-        memory.decide(asked(running=10, waiting=1, work_per_s=70.0), 2.0)
+        memory.decide(asked(running=10, waiting=1, work_per_s=20.0), 1.0)
+        assert memory.speed == 0  # rates are means: a burst says little at first
+        memory.decide(asked(running=10, waiting=1, work_per_s=120.0), 20.0)
+        memory.decide(asked(running=10, waiting=1, work_per_s=70.0), 21.0)
         assert memory.speed == 120
+        memory.decide(asked(running=10, work_per_s=150.0), 22.0)
+        assert memory.speed == 150  # it can do what it does
 
 
 class TestAhead:

@@ -353,6 +353,17 @@ class TestSleep:
             await demands(15)
             assert await states(scheduler) == [DeploymentState.COLD]
 
+    async def test_drained_node_is_left_by_those_that_sleep_on_it(self, bed):
+        async with bed.opened() as scheduler:
+            demands = Demands(bed, scheduler)
+            await pool(scheduler, minimum=0, maximum=1, keep_alive_s=5)
+            await demands(3, cold={"tiny-qwen": 1})
+            await demands(15)
+            await scheduler.drain("farm")
+            await demands(4)
+            assert bed.cluster.apps == {}
+            assert scheduler._core.state.replicas == {}
+
     async def test_undeployed_while_asleep_it_is_gone(self, bed):
         async with bed.opened() as scheduler:
             demands = Demands(bed, scheduler)
@@ -447,6 +458,23 @@ class TestForecast:
             assert reason == "usual at this time of day"
             await demands(200)
             assert await states(scheduler) == [DeploymentState.COLD]
+
+    async def test_whoever_asks_comes_before_whoever_is_expected(self, farm):
+        """One GPU for one of two models: the one that is only usual makes room, and stays away."""
+        farm.offers = [replace(FARM, gpus=(Gpu(0, "a10", 1500),))]
+        async with farm.opened() as scheduler:
+            demands = Demands(farm, scheduler)
+            for name in ("tiny-qwen", "tiny-embed"):
+                await pool(scheduler, name, minimum=0, maximum=1)
+            now = int(farm.clock.now().timestamp()) // BUCKET_S
+            farm.ledger.asked = [("tiny-qwen", now - day * DAY, 600, 900.0) for day in range(1, 4)]
+            await scheduler._forecasts.refresh()
+            await demands(3)
+            assert [r.model for r in (await scheduler.routes()).ready] == ["tiny-qwen"]
+            await demands(20, cold={"tiny-embed": 1})
+            assert [r.model for r in (await scheduler.routes()).ready] == ["tiny-embed"]
+            await demands(30, tiny_embed=1)
+            assert [r.model for r in (await scheduler.routes()).ready] == ["tiny-embed"]
 
     async def test_weights_of_what_is_likely_are_read_into_memory(self, farm):
         async with farm.opened() as scheduler:

@@ -107,6 +107,12 @@ class TestAhead:
     def test_one_that_is_there_stays_for_what_comes_soon(self):
         assert [self.ahead(s, is_there=True) for s in (-130, -100, -21)] == [0, 1, 1]
 
+    def test_one_that_is_there_does_not_go_while_its_own_bucket_lasts(self):
+        """Though nothing is usual in the next one."""
+        for seconds in (490, 570, 579):
+            assert self.ahead(seconds, is_there=True, idle_s=1.0) == 1
+            assert self.ahead(seconds, is_there=False, idle_s=1.0) == 1
+
     def test_is_over_with_the_bucket(self):
         assert self.ahead(BUCKET_S - 15) == 0
 

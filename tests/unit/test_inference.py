@@ -14,6 +14,7 @@ from market.errors import (
     EngineFailed,
     InsufficientBalance,
     MarketFault,
+    NoCapacity,
     NotFound,
     Overloaded,
     PermissionDenied,
@@ -515,3 +516,34 @@ class TestBorrowedPlace:
             pass
         assert here.routes.moves == 1
         assert not here.engine.requests[0].borrowed
+
+    async def test_request_on_a_lease_of_ones_own_borrows_nothing(self):
+        """It is paid by the hour: on somebody else's lease, or the pool, it would be free."""
+        here = await self.lent()
+        own = dataclasses.replace(ROUTE, lane=Lane.LEASE, lease_id="lease-2")
+        admission = await here.inference.admit(
+            ACME, Choice(own), Ask((PROMPT,), Sampling(5, temperature=0.5))
+        )
+        async for _ in here.inference.stream(admission):
+            pass
+        record, _ = await here.settled()
+        assert (record.lease_id, "lent_by" in dict(record.attrs)) == ("lease-2", False)
+
+    async def test_lease_that_dies_is_left_like_one_that_is_taken_back(self):
+        here = await self.lent(fail_at=2, failures=1)
+        *chunks, record = await here.answer()
+        assert "".join(chunk.text for chunk in chunks) == "0 1 2 3 4 "
+        assert (record.output_tokens, here.routes.moves) == (5, 1)
+
+    async def test_who_finds_nowhere_to_go_on_is_told_so_in_the_end(self):
+        here = await self.lent(revoke_at=2)
+
+        async def nowhere(route, principal, *, borrows):
+            here.clock.advance(100)
+            return self.LENT
+
+        here.routes.elsewhere = nowhere
+        with pytest.raises(NoCapacity):
+            await here.answer()
+        record, balance = await here.settled()
+        assert (record.charge_pico, balance) == (0, 10**12)

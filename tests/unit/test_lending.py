@@ -42,7 +42,7 @@ async def test_all_borrowers_are_out_before_the_holders_first_step():
     async with lending.turn(borrowed=False):
         for _ in range(3):  # turns of the loop, not time
             await asyncio.sleep(0)
-        assert steps == ["a in", "b in", "a out", "b out"]
+        assert sorted(steps) == ["a in", "a out", "b in", "b out"]
     await asyncio.gather(*borrowers)
 
 
@@ -69,3 +69,35 @@ async def test_one_that_hangs_up_is_forgotten():
         await task
     async with lending.turn(borrowed=False):
         await asyncio.sleep(0)
+
+
+async def test_holders_that_come_while_borrowers_are_leaving():
+    """Some need a few turns to leave: the second request must not fail on their way out."""
+    lending = Lending()
+
+    async def borrow():
+        async with lending.turn(borrowed=True):
+            try:
+                await asyncio.Event().wait()
+            finally:
+                for _ in range(3):
+                    await asyncio.sleep(0)
+
+    borrower = asyncio.create_task(borrow())
+    await asyncio.sleep(0)
+    async with lending.turn(borrowed=False):
+        await asyncio.sleep(0)
+        async with lending.turn(borrowed=False):
+            await asyncio.sleep(0)
+    with pytest.raises(Revoked):
+        await borrower
+    async with lending.turn(borrowed=True):
+        pass
+
+
+async def test_closed_it_lends_nothing():
+    lending = Lending()
+    lending.close()
+    with pytest.raises(Revoked):
+        async with lending.turn(borrowed=True):
+            raise AssertionError
