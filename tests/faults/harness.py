@@ -409,9 +409,11 @@ def _torture(case: Case, children: list[Child], point: str | None) -> None:
             ledger = Child(ledger_process, case, plan)
             children.append(ledger)
         for name in case.producers:
+            ended = name not in running or not running[name].alive()
+            # Looked for after that: it may have finished just now.
             if (case.home / f"finished-{name}").exists():
                 continue
-            if name not in running or not running[name].alive():
+            if ended:
                 if name in running:
                     _note_death(case, running[name])
                 producer_kills[name] -= 1
