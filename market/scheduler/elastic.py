@@ -30,6 +30,8 @@ SET_UP_S = {"vllm": 20.0, "transformers": 7.0}
 WAKE_S = 1.0
 DISK_BYTES_PER_S = 1e9
 MEMORY_BYTES_PER_S = 10e9
+# On one GPU; each keeps a little of its memory.
+SLEEPERS_MAX = 4
 # Of a node's memory, what replicas that sleep may have in all.
 ASLEEP_MEMORY = 0.5
 # A replica that has just started for somebody is about to be asked, though no report says so yet.
@@ -217,6 +219,9 @@ class Elastic:
         here = [replica]
         for state in (ReplicaState.FALLING_ASLEEP, ReplicaState.ASLEEP):
             here += [r for r in self._in_state(state) if r.place.offer_id == offer.offer_id]
+        gpus = set(replica.place.gpu_indices)
+        if sum(bool(gpus.intersection(r.place.gpu_indices)) for r in here) > SLEEPERS_MAX:
+            return False
         models = [core.state.deployments[r.deployment_id].model for r in here]
         needed = sum(catalog.find(model).weights_bytes for model in models)
         return needed <= ASLEEP_MEMORY * offer.memory_mib * MIB

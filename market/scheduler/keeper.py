@@ -48,7 +48,9 @@ REJOIN_S = 90.0
 SEND_PATIENCE_S = 5.0
 TIDY_S = 60.0
 SERVING = (ReplicaState.STARTING, ReplicaState.READY)
-NOT_ON_GPUS = (ReplicaState.WAITING, ReplicaState.FREEING, ReplicaState.ASLEEP)
+NOT_ON_GPUS = (ReplicaState.WAITING, ReplicaState.FREEING)
+# What an engine that sleeps keeps of a card: its context. Not measured yet.
+ASLEEP_MILLI = 15
 
 
 class Keeper:
@@ -328,9 +330,12 @@ class Keeper:
         """Shares of a node's GPUs that running replicas may use."""
         used: dict[int, int] = {}
         for replica in self._core.state.replicas.values():
+            milli = replica.place.gpu_milli
+            if replica.state is ReplicaState.ASLEEP:
+                milli = min(milli, ASLEEP_MILLI)
             if replica.place.node_id == node_id and replica.state not in NOT_ON_GPUS:
                 for index in replica.place.gpu_indices:
-                    used[index] = used.get(index, 0) + replica.place.gpu_milli
+                    used[index] = used.get(index, 0) + milli
         return used
 
     async def _decide(self, step: reconcile.Step, view: ClusterView) -> bool:
