@@ -286,27 +286,17 @@ class Inference:
         On a lease that was lent it goes on elsewhere, from the token that it had reached, when the
         lease's holder asks for something itself.
         """
-        ask, limit = admission.ask, admission.output_limit
-        sampling = ask.sampling
-        seed = None if sampling.seed is None else sampling.seed + index % ask.answers
-        sampling = msgspec.structs.replace(
-            sampling, max_tokens=limit, min_tokens=min(sampling.min_tokens, limit), seed=seed
+        ask, principal, request = (
+            admission.ask,
+            admission.principal,
+            engine_request(admission, index),
         )
-        request = EngineRequest(
-            request_id=admission.request_id,
-            prompt_token_ids=ask.prompts[index // ask.answers],
-            sampling=sampling,
-            cache_salt=admission.principal.subject_id,
-            grammar=ask.grammar,
-            chat=ask.chat,
-            embeds=ask.embeds,
-            stream=ask.stream,
-        )
-        paid, principal = admission.reservation, admission.principal
+        credit = running.credits[index] = _first_credit(admission)
         # Who can be served elsewhere at once does not wait for a replica to come back.
         tries = DISPATCHES_MAX if admission.choice.otherwise is None else 1
         given: list[int] = []
-        moved, until_s = 0, float("inf")
+        # By when it must have found another replica, by the token from which on it looks for one.
+        until_s: dict[int, float] = {}
         # What is paid by the hour stays where it is paid.
         borrows = ask.can_move and admission.route.lane is not Lane.LEASE
         borrower = principal.subject_id if borrows else None
@@ -317,20 +307,18 @@ class Inference:
             admission.route = route
             if not given:
                 meter.dispatched_s = self._clock.monotonic()
+            prompt = request.prompt_token_ids
             tried = msgspec.structs.replace(
                 request,
                 # Another id each time: a half-dead replica may still know the last.
                 request_id=f"{request.request_id}-{index}-{number}",
-                prompt_token_ids=(*request.prompt_token_ids, *given),
+                prompt_token_ids=(*prompt, *given) if given else prompt,
                 resumed=len(given),
                 borrowed=route.loan is not None,
             )
-            tokens = limit if paid is None else paid.block_tokens
-            if index not in running.credits:
-                running.credits[index] = Credit(min(tokens, limit), final=tokens >= limit)
             try:
                 engine = self._routes.engine(route)
-                async with aclosing(engine.generate(tried, running.credits[index])) as chunks:
+                async with aclosing(engine.generate(tried, credit)) as chunks:
                     async for chunk in chunks:
                         given += chunk.token_ids
                         yield chunk
@@ -340,9 +328,8 @@ class Inference:
             except (EngineFailed, Overloaded) as error:
                 lent = route.loan is not None
                 if borrows and (lent or (given and isinstance(error, Overloaded))):
-                    if len(given) > moved or until_s == float("inf"):
-                        moved, until_s = len(given), self._clock.monotonic() + MOVE_WAIT_S
-                    if self._clock.monotonic() >= until_s:
+                    now_s = self._clock.monotonic()
+                    if now_s >= until_s.setdefault(len(given), now_s + MOVE_WAIT_S):
                         raise NoCapacity(
                             f"no replica of {route.model} had room for the rest", retry_after_s=10
                         ) from error
@@ -436,6 +423,33 @@ class Inference:
 def pool_of(route: Route) -> str:
     """The queue in which requests for a route wait: that of its model, or of its lease."""
     return route.lease_id or route.model
+
+
+def engine_request(admission: Admission, index: int) -> EngineRequest:
+    """What an engine is asked for answer number ``index``."""
+    ask, limit = admission.ask, admission.output_limit
+    sampling = ask.sampling
+    seed = None if sampling.seed is None else sampling.seed + index % ask.answers
+    sampling = msgspec.structs.replace(
+        sampling, max_tokens=limit, min_tokens=min(sampling.min_tokens, limit), seed=seed
+    )
+    return EngineRequest(
+        request_id=admission.request_id,
+        prompt_token_ids=ask.prompts[index // ask.answers],
+        sampling=sampling,
+        cache_salt=admission.principal.subject_id,
+        grammar=ask.grammar,
+        chat=ask.chat,
+        embeds=ask.embeds,
+        stream=ask.stream,
+    )
+
+
+def _first_credit(admission: Admission) -> Credit:
+    """What of an answer is paid for when it begins: all of it on a lease."""
+    limit, paid = admission.output_limit, admission.reservation
+    tokens = limit if paid is None else paid.block_tokens
+    return Credit(min(tokens, limit), final=tokens >= limit)
 
 
 def first_block(limit: int, card: RateCard) -> int:
