@@ -129,12 +129,15 @@ class _Lane:
 class FairQueue:
     """The queue of one pool at one gateway: bounded, fair between tenants, first come within one.
 
-    ``places`` is how many requests may be under way, without the spare ones. ``add`` and ``finish``
-    are followed by ``take`` until it returns None.
+    ``places`` is how many requests may be under way, without the spare ones; ``lent`` more if they
+    can leave again at any time. ``add`` and ``finish`` are followed by ``take`` until it returns
+    None.
     """
 
     def __init__(self, places: int, waiting_max: int, waiting_max_per_tenant: int) -> None:
         self.places = places
+        self.lent = 0
+        self._staying: set[str] = set()
         self._waiting_max = waiting_max
         self._waiting_max_per_tenant = waiting_max_per_tenant
         self._lanes: dict[str, _Lane] = {}
@@ -177,8 +180,14 @@ class FairQueue:
             self._waiting >= self._waiting_max and own >= part
         )
 
-    def add(self, request_id: str, tenant: str, weight: int, work: float) -> None:
-        """A request waits; ``work`` is that of its prompt."""
+    def add(
+        self, request_id: str, tenant: str, weight: int, work: float, *, stays: bool = False
+    ) -> None:
+        """A request waits; ``work`` is that of its prompt. One that ``stays`` cannot use what is
+        lent.
+        """
+        if stays:
+            self._staying.add(request_id)
         lane = self._lanes.setdefault(tenant, _Lane())
         self._weights[tenant] = weight
         lane.waiting[request_id] = work
@@ -188,9 +197,12 @@ class FairQueue:
 
     def take(self) -> str | None:
         """The request that may go now, counted as under way; None if none may."""
-        if len(self._running) < self.places:
+        places = self.places + self.lent
+        if len(self._running) < places:
             tenant = self.counters.first(self.counters.active)
-        elif len(self._running) < self.places + spare(self.places):
+            if tenant is not None and self._waits_for_an_own_place(tenant):
+                return None  # nobody overtakes it
+        elif len(self._running) < places + spare(self.places):
             waits = self.counters.active
             single = [name for name in waits if len(self._lanes[name].waiting) == 1]
             tenant = self.counters.first_below_share(single)
@@ -200,6 +212,7 @@ class FairQueue:
             return None
         lane = self._lanes[tenant]
         request_id, work = lane.waiting.popitem(last=False)
+        self._staying.discard(request_id)
         self._waiting -= 1
         lane.running += 1
         self._running[request_id] = tenant
@@ -210,6 +223,7 @@ class FairQueue:
 
     def cancel(self, request_id: str, tenant: str) -> None:
         """A request that waited is gone."""
+        self._staying.discard(request_id)
         lane = self._lanes.get(tenant)
         if lane is not None and lane.waiting.pop(request_id, None) is not None:
             self._waiting -= 1
@@ -254,6 +268,14 @@ class FairQueue:
                 self.service.pop(tenant, None)
         self.counters.forget(self._weights.keys())
 
+    def _waits_for_an_own_place(self, tenant: str) -> bool:
+        """Whether the tenant's next request must stay, and all but what is lent is in use.
+
+        Where there is nothing else it goes on, to wait for the pool to start.
+        """
+        request_id = next(iter(self._lanes[tenant].waiting))
+        return request_id in self._staying and 0 < self.places <= len(self._running)
+
     def _serve(self, tenant: str, work: float) -> None:
         self.counters.charge(tenant, work, self._weights[tenant])
         self.service[tenant] = self.service.get(tenant, 0.0) + work
@@ -289,12 +311,14 @@ class PoolShare:
     """What a gateway is told of a pool: all tenants' counters as of its report, and its places.
 
     None while nobody knows them, because no replica is ready: who waits is better served later.
+    ``lent``: further ones, on leases whose holders are idle.
     """
 
     places: int | None
     counters: Mapping[str, float]
     service: Mapping[str, float]
     contended: bool
+    lent: int = 0
 
 
 class PoolLedger:
@@ -338,15 +362,17 @@ class PoolLedger:
         """Whether anybody waits."""
         return any(report.backlogged for report in self._reports.values())
 
-    def share(self, gateway: str, places: int | None) -> PoolShare:
-        """What to tell a gateway of a pool with so many places."""
+    def share(self, gateway: str, places: int | None, lent: int = 0) -> PoolShare:
+        """What to tell a gateway of a pool with so many places, and so many more lent to it."""
         demands = {name: r.running + r.waiting for name, r in self._reports.items()}
         report = self._reports[gateway]
+        own = None if places is None else deal(places, demands)[gateway]
         return PoolShare(
-            places=None if places is None else deal(places, demands)[gateway],
+            places=0 if own is None and lent else own,
             counters=self.counters.snapshot(),
             service=report.service,
             contended=self.contended,
+            lent=deal(lent, demands)[gateway] if lent else 0,
         )
 
 
@@ -354,6 +380,7 @@ def merge(queue: FairQueue, share: PoolShare) -> None:
     """Take over what the scheduler knows, plus the work given here since the report."""
     if share.places is not None:
         queue.places = share.places
+        queue.lent = share.lent
     weights = queue.weights()
     for tenant, counter in share.counters.items():
         since = queue.service.get(tenant, 0.0) - share.service.get(tenant, 0.0)

@@ -236,6 +236,7 @@ class Inference:
             admission.principal.weight,
             input_work(admission.ask.input_tokens),
             admission.route.places,
+            stays=not admission.ask.can_move,
         )
 
     async def _answers(

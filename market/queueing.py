@@ -87,11 +87,20 @@ class Queues:
             )
 
     async def enter(  # who, where, how much
-        self, pool_name: str, request_id: str, tenant: str, weight: int, work: float, places: int
+        self,
+        pool_name: str,
+        request_id: str,
+        tenant: str,
+        weight: int,
+        work: float,
+        places: int,
+        *,
+        stays: bool = False,
     ) -> None:
         """Wait for a place. Raises SlowDown or Overloaded if the queue is full or too slow.
 
-        ``places`` is the pool's size as far as is known, until the scheduler has said it.
+        ``places`` is the pool's size as far as is known, until the scheduler has said it. One that
+        ``stays`` cannot use what is lent to the pool.
         """
         pool = self._pools.get(pool_name)
         if pool is None:
@@ -100,7 +109,7 @@ class Queues:
         self.check(pool_name, tenant)
         pool.used_s = self._clock.monotonic()
         pool.turns.setdefault(tenant, _Turns(weight, Rate(pool.used_s))).weight = weight
-        pool.queue.add(request_id, tenant, weight, work)
+        pool.queue.add(request_id, tenant, weight, work, stays=stays)
         future = asyncio.get_running_loop().create_future()
         pool.waiters[request_id] = (tenant, future)
         self._serve(pool)
@@ -181,7 +190,7 @@ class Queues:
         rate = 0.0 if finished is None else finished.get(now_s)
         # Who is passed over for a slow first token must not be so for ever.
         ttft_s = pool.ttft_s * math.exp(-(now_s - pool.used_s) / RATE_TAU_S)
-        return Load(queue.running, queue.waiting, queue.places, rate, ttft_s)
+        return Load(queue.running, queue.waiting, queue.places + queue.lent, rate, ttft_s)
 
     def waiting(self) -> dict[str, tuple[int, int]]:
         """(running, waiting) by pool."""

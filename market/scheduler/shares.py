@@ -135,7 +135,7 @@ class Shares:
             pool = self._pools.setdefault(pool_name, PoolLedger())
             self._measure(pool_name, report.producer, own, now_s)
             pool.report(report.producer, own)
-        places = pool_places(routes, self._in_use())
+        places, lent = pool_places(routes), lent_places(routes, self._in_use())
         recalls = {
             tenant
             for tenant, (asker, until_s) in self._recalls.items()
@@ -144,7 +144,7 @@ class Shares:
         return GatewayOrders(
             routes=replace(routes, gateways=len(self._gateways)),
             pools={
-                name: self._pools[name].share(report.producer, places.get(name))
+                name: self._pools[name].share(report.producer, places.get(name), lent[name])
                 for name in report.pools
             },
             key_gateways=self._key_gateways(report),
@@ -258,13 +258,17 @@ def _rate(rates: Mapping[str, Decaying], pool_name: str, now_s: float) -> float:
     return 0.0 if known is None else known.get(now_s)
 
 
-def pool_places(routes: RouteTable, in_use: Mapping[str, int]) -> dict[str, int]:
-    """How many answers each pool's ready replicas, and idle leases that are lent, can generate at
-    once.
-    """
+def pool_places(routes: RouteTable) -> dict[str, int]:
+    """How many answers each pool's ready replicas can generate at once."""
     places: Counter[str] = Counter()
     for route in routes.ready:
         places[route.lease_id or route.model] += route.places
+    return places
+
+
+def lent_places(routes: RouteTable, in_use: Mapping[str, int]) -> Counter[str]:
+    """How many more each pool has on leases that are lent to it and that nobody else uses."""
+    places: Counter[str] = Counter()
     for route in routes.lent:
         if route.loan is not None and not in_use.get(route.loan.lease_id):
             places[route.model] += route.places

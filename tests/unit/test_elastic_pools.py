@@ -425,10 +425,11 @@ class TestResale:
                     for name, running in (("tiny-qwen", 1), (booked.lease_id, own))
                 }
                 report = GatewayReport("gw0", 1, reports, frozenset())
-                return (await scheduler.sync(report)).pools["tiny-qwen"].places
+                share = (await scheduler.sync(report)).pools["tiny-qwen"]
+                return share.places, share.lent
 
-            assert await places(own=0) == farm.config.sequences
-            assert await places(own=1) is None
+            assert await places(own=0) == (0, farm.config.sequences)
+            assert await places(own=1) == (None, 0)
 
     async def test_no_longer_when_the_lease_is_over(self, farm):
         async with farm.opened() as scheduler:

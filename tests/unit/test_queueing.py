@@ -30,6 +30,34 @@ def waiting(queues, *names, **options):
     return [asyncio.create_task(enter(queues, name, **options)) for name in names]
 
 
+async def test_who_must_stay_waits_for_an_own_place_and_is_not_overtaken(queues):
+    """Two own places and two that are lent: only who can leave again goes onto those."""
+    queues.take_shares([("pool", PoolShare(2, {}, {}, False, lent=2))])
+    await enter(queues, "r1", places=2)
+    queues.take_shares([("pool", PoolShare(2, {}, {}, False, lent=2))])
+    await enter(queues, "r2")
+    await enter(queues, "r3")
+    stays = asyncio.create_task(queues.enter("pool", "s", "acme", 1, 1.0, 2, stays=True))
+    await settle()
+    (moves,) = waiting(queues, "r4")
+    await settle()
+    assert queues.waiting() == {"pool": (3, 2)}
+    queues.leave("pool", "r1")
+    await settle()
+    assert not stays.done()  # two are left, perhaps on the pool's own
+    queues.leave("pool", "r2")
+    await stays
+    await moves
+    assert queues.waiting() == {"pool": (3, 0)}
+
+
+async def test_where_all_places_are_lent_who_must_stay_goes_on_to_start_the_pool(queues):
+    await enter(queues, "r1")
+    queues.take_shares([("pool", PoolShare(0, {}, {}, False, lent=2))])
+    await queues.enter("pool", "s", "acme", 1, 1.0, 1, stays=True)
+    assert queues.waiting() == {"pool": (2, 0)}
+
+
 async def settle():
     for _ in range(5):
         await asyncio.sleep(0)
