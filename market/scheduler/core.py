@@ -218,6 +218,10 @@ class Core:
         """A model's open leases whose holders let idle time be sold."""
         return [lease for lease in self.open_leases() if lease.resale and lease.model == model]
 
+    def in_state(self, state: ReplicaState) -> list[Replica]:
+        """All replicas in a state."""
+        return [r for r in self.state.replicas.values() if r.state is state]
+
     def replicas_of(self, deployment_id: str) -> list[Replica]:
         """A deployment's replicas, oldest first."""
         own = [r for r in self.state.replicas.values() if r.deployment_id == deployment_id]

@@ -11,25 +11,18 @@ from dataclasses import replace
 from market import autoscaling, catalog, matching
 from market.autoscaling import Busy, Costs, Decision, Idler, Memory, Signal, Snapshot
 from market.calendar import Oversubscribed
-from market.catalog import Model
 from market.matching import Misfit, micros
 from market.scheduler.core import Core
 from market.scheduler.forecasts import Forecasts
 from market.scheduler.pools import Pools
 from market.scheduler.shares import Shares
-from market.types import Deployment, Mode, Replica, ReplicaState, StartCost, StartFrom
+from market.scheduler.starts import Starts
+from market.types import Deployment, Mode, Replica, ReplicaState
 
 logger = logging.getLogger(__name__)
 
 MIB = 1024 * 1024
 
-# Until a start was measured: imports, set-up, then the weights at the speed of what they are read
-# from: a disk, or the host's memory.
-IMPORTS_S = {"vllm": 25.0, "transformers": 8.0}
-SET_UP_S = {"vllm": 20.0, "transformers": 7.0}
-WAKE_S = 1.0
-DISK_BYTES_PER_S = 1e9
-MEMORY_BYTES_PER_S = 10e9
 # On one GPU; each keeps a little of its memory.
 SLEEPERS_MAX = 4
 # Of a node's memory, what replicas that sleep may have in all.
@@ -38,8 +31,6 @@ ASLEEP_MEMORY = 0.5
 EVICT_AFTER_S = 3.0
 # Whose replica made room for somebody does not start another ahead of need for so long.
 EVICTED_S = 600.0
-# Weight of the newest measurement.
-NEWEST = 0.3
 
 SERVING = (ReplicaState.READY, ReplicaState.STARTING, ReplicaState.WAITING, ReplicaState.FAILED)
 LEAVING = (
@@ -58,16 +49,16 @@ class Elastic:
         self._pools = pools
         self._shares = shares
         self._forecasts = forecasts
+        self._starts = Starts(core, pools)
         self._memories: dict[str, Memory] = {}
         self._draining_since_s: dict[str, float] = {}
         self._asleep_since_s: dict[str, float] = {}
         self._evicted_s: dict[str, float] = {}
-        self._starting: dict[str, tuple[float, StartFrom]] = {}
 
     async def round(self) -> None:
         """Bring every pool a step closer to what it needs."""
         async with self._core.lock:
-            await self._measure_starts()
+            await self._starts.measure()
             await self._end_drained()
             await self._end_sleepers()
             pools = [d for d in self._core.state.deployments.values() if d.mode is Mode.TOKENS]
@@ -97,12 +88,12 @@ class Elastic:
             await self._shrink(present, len(present) - decision.replicas, decision)
 
     def _decide(self, deployment: Deployment, present: list[Replica]) -> Decision:
-        core, model = self._core, catalog.find(deployment.model)
+        core = self._core
         now_s = core.clock.monotonic()
         memory = self._memories.setdefault(deployment.deployment_id, Memory(now_s))
         apps = [r.app_name for r in present if r.state is ReplicaState.READY]
         demand = self._shares.demand(deployment.model, apps, self._lent(deployment.model))
-        costs = self._costs(deployment, model, present)
+        costs = self._starts.costs(deployment, present)
         pool = Snapshot(
             bounds=deployment.bounds,
             costs=costs,
@@ -121,6 +112,9 @@ class Elastic:
         evicted_s = self._evicted_s.get(deployment.deployment_id, float("-inf"))
         if self._core.clock.monotonic() - evicted_s < EVICTED_S:
             return 0
+        replicas = self._core.replicas_of(deployment.deployment_id)
+        if not any(replica.state is ReplicaState.ASLEEP for replica in replicas):
+            costs = replace(costs, wake_s=None)  # a start is what there is to be ahead of
         return self._forecasts.ahead(deployment.model, idle_s, costs, is_there=is_there)
 
     def _lent(self, model: str) -> list[tuple[str, str]]:
@@ -166,7 +160,6 @@ class Elastic:
     def _woken(self, asleep: list[Replica], count: int) -> list[Replica]:
         """So many of these, as far as their GPUs have room, on them again."""
         woken: list[Replica] = []
-        now_s = self._core.clock.monotonic()
         for replica in asleep:
             if len(woken) == count:
                 break
@@ -177,7 +170,7 @@ class Elastic:
                 self._core.book_replica(back)
             except Oversubscribed:
                 continue
-            self._starting[replica.replica_id] = now_s, StartFrom.ASLEEP
+            self._starts.wakes(replica)
             woken.append(back)
         return woken
 
@@ -196,7 +189,7 @@ class Elastic:
     async def _end_drained(self) -> None:
         """Stop what drains, or put it to sleep, as soon as nobody uses it: a stream keeps it."""
         now_s = self._core.clock.monotonic()
-        draining = self._in_state(ReplicaState.DRAINING)
+        draining = self._core.in_state(ReplicaState.DRAINING)
         self._draining_since_s = _kept(self._draining_since_s, draining, now_s)
         for replica in draining:
             since_s = self._draining_since_s[replica.replica_id]
@@ -218,7 +211,7 @@ class Elastic:
             return False
         here = [replica]
         for state in (ReplicaState.FALLING_ASLEEP, ReplicaState.ASLEEP):
-            here += [r for r in self._in_state(state) if r.place.offer_id == offer.offer_id]
+            here += [r for r in self._core.in_state(state) if r.place.offer_id == offer.offer_id]
         gpus = set(replica.place.gpu_indices)
         if sum(bool(gpus.intersection(r.place.gpu_indices)) for r in here) > SLEEPERS_MAX:
             return False
@@ -229,11 +222,11 @@ class Elastic:
     async def _end_sleepers(self) -> None:
         """Give up what has slept for so long that keeping it has cost what starting it does."""
         now_s = self._core.clock.monotonic()
-        asleep = self._in_state(ReplicaState.ASLEEP)
+        asleep = self._core.in_state(ReplicaState.ASLEEP)
         self._asleep_since_s = _kept(self._asleep_since_s, asleep, now_s)
         for replica in asleep:
             deployment = self._core.state.deployments[replica.deployment_id]
-            costs = self._costs(deployment, catalog.find(deployment.model), [replica])
+            costs = self._starts.costs(deployment, [replica])
             slept_s = now_s - self._asleep_since_s[replica.replica_id]
             over = slept_s >= autoscaling.keep_asleep_s(costs)
             if over or not self._takes_pools(replica):
@@ -244,9 +237,6 @@ class Elastic:
     def _takes_pools(self, replica: Replica) -> bool:
         offer = self._core.state.offers[replica.place.offer_id]
         return matching.takes_pools(offer, self._core.clock.now())
-
-    def _in_state(self, state: ReplicaState) -> list[Replica]:
-        return [r for r in self._core.state.replicas.values() if r.state is state]
 
     # -- room ----------------------------------------------------------------------------------
 
@@ -319,86 +309,6 @@ class Elastic:
                 for index in replica.place.gpu_indices:
                     free[f"{node_id}/{index}"] += replica.place.gpu_milli
         return free
-
-    # -- costs ---------------------------------------------------------------------------------
-
-    def _costs(self, deployment: Deployment, model: Model, present: list[Replica]) -> Costs:
-        offers = self._core.state.offers
-        places = [replica.place for replica in present]
-        if not places:
-            found = self._pools.places(model, 1)
-            places = [] if isinstance(found, Misfit) else list(found)
-        hours = [
-            offers[place.offer_id].ask_pico * place.gpu_milli * len(place.gpu_indices) // 1000
-            for place in places
-        ]
-        gpu_types = {offers[place.offer_id].gpu_type for place in places}
-
-        def cost_s(begun: StartFrom) -> float:
-            starts = self._core.state.starts.values()
-            prefix = f"{model.name}/{deployment.engine}/"
-            known = [
-                cost.seconds
-                for cost in starts
-                if cost.start_id.startswith(prefix)
-                and cost.start_id.endswith(f"/{begun}")
-                and (not gpu_types or cost.start_id.split("/")[2] in gpu_types)
-            ]
-            return max(known, default=guess_s(model, deployment.engine, begun))
-
-        physical = [offers[place.offer_id] for place in places if place.gpu_indices]
-        can = [self._core.cluster.can_sleep(deployment.engine, offer) for offer in physical]
-        return Costs(
-            max(hours, default=0),
-            cost_s(StartFrom.SPARE if self._core.config.spares else StartFrom.COLD),
-            cost_s(StartFrom.ASLEEP) if can and all(can) else None,
-        )
-
-    async def _measure_starts(self) -> None:
-        """Keep how long starts take, as a moving mean, by model, engine, type of GPU and state."""
-        core, now_s = self._core, self._core.clock.monotonic()
-        begun, self._starting = self._starting, {}
-        for replica in self._in_state(ReplicaState.STARTING):
-            fresh = now_s, self._begun_from(replica)
-            self._starting[replica.replica_id] = begun.pop(replica.replica_id, fresh)
-        for name, (since_s, start_from) in begun.items():
-            started = core.state.replicas.get(name)
-            if started is None or started.state is not ReplicaState.READY:
-                continue
-            deployment = core.state.deployments.get(started.deployment_id)
-            if deployment is None:
-                continue
-            gpu_type = core.state.offers[started.place.offer_id].gpu_type
-            start_id = f"{deployment.model}/{deployment.engine}/{gpu_type}/{start_from}"
-            known = core.state.starts.get(start_id)
-            took_s = now_s - since_s
-            mean_s = took_s if known is None else known.seconds + NEWEST * (took_s - known.seconds)
-            count = 1 if known is None else known.count + 1
-            await core.store.save([StartCost(start_id, mean_s, count, core.clock.now())])
-
-    def _begun_from(self, replica: Replica) -> StartFrom:
-        if replica.process:
-            return StartFrom.SPARE
-        deployment = self._core.state.deployments.get(replica.deployment_id)
-        cached = self._core.in_memory.get(replica.place.node_id, frozenset())
-        in_memory = deployment is not None and deployment.model in cached
-        return StartFrom.HOST if in_memory else StartFrom.COLD
-
-
-def guess_s(model: Model, engine: str, start_from: StartFrom) -> float:
-    """How long a start may take that was never measured."""
-    weights = model.weights_bytes
-    imports_s = IMPORTS_S.get(engine, IMPORTS_S["vllm"])
-    set_up_s = SET_UP_S.get(engine, SET_UP_S["vllm"])
-    match start_from:
-        case StartFrom.ASLEEP:
-            return WAKE_S + weights / MEMORY_BYTES_PER_S
-        case StartFrom.SPARE:
-            return set_up_s + weights / DISK_BYTES_PER_S
-        case StartFrom.HOST:
-            return imports_s + set_up_s + weights / MEMORY_BYTES_PER_S
-        case StartFrom.COLD:
-            return imports_s + set_up_s + weights / DISK_BYTES_PER_S
 
 
 def _kept(since_s: dict[str, float], replicas: list[Replica], now_s: float) -> dict[str, float]:

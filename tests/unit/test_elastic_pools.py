@@ -271,6 +271,14 @@ class TestSleep:
         await made.fill()
         return made
 
+    async def asleep(self, bed, scheduler):
+        """A pool that was asked once and then no more for a while."""
+        demands = Demands(bed, scheduler)
+        await pool(scheduler, minimum=0, maximum=1, keep_alive_s=5)
+        await demands(3, cold={"tiny-qwen": 1})
+        await demands(15)
+        return demands
+
     async def test_idle_replica_sleeps_and_wakes_in_the_same_process(self, bed):
         async with bed.opened() as scheduler:
             demands = Demands(bed, scheduler)
@@ -306,10 +314,7 @@ class TestSleep:
 
     async def test_lease_gets_the_gpu_of_one_that_sleeps_and_it_cannot_wake_there(self, bed):
         async with bed.opened() as scheduler:
-            demands = Demands(bed, scheduler)
-            await pool(scheduler, minimum=0, maximum=1, keep_alive_s=5)
-            await demands(3, cold={"tiny-qwen": 1})
-            await demands(15)
+            demands = await self.asleep(bed, scheduler)
             booked = await lease(scheduler, 1)
             await demands(10, cold={"tiny-qwen": 1})
             assert (await scheduler.lease(booked.lease_id)).state is LeaseState.ACTIVE
@@ -334,10 +339,7 @@ class TestSleep:
 
     async def test_sleeps_no_longer_than_it_is_worth(self, bed):
         async with bed.opened() as scheduler:
-            demands = Demands(bed, scheduler)
-            await pool(scheduler, minimum=0, maximum=1, keep_alive_s=5)
-            await demands(3, cold={"tiny-qwen": 1})
-            await demands(15)
+            demands = await self.asleep(bed, scheduler)
             assert await states(scheduler) == [DeploymentState.ASLEEP]
             bed.clock.advance(86_400)
             await demands(3)
@@ -347,18 +349,12 @@ class TestSleep:
     async def test_without_memory_for_it_nothing_sleeps(self, bed):
         bed.offers = [replace(bed.offers[0], memory_mib=1)]
         async with bed.opened() as scheduler:
-            demands = Demands(bed, scheduler)
-            await pool(scheduler, minimum=0, maximum=1, keep_alive_s=5)
-            await demands(3, cold={"tiny-qwen": 1})
-            await demands(15)
+            await self.asleep(bed, scheduler)
             assert await states(scheduler) == [DeploymentState.COLD]
 
     async def test_drained_node_is_left_by_those_that_sleep_on_it(self, bed):
         async with bed.opened() as scheduler:
-            demands = Demands(bed, scheduler)
-            await pool(scheduler, minimum=0, maximum=1, keep_alive_s=5)
-            await demands(3, cold={"tiny-qwen": 1})
-            await demands(15)
+            demands = await self.asleep(bed, scheduler)
             await scheduler.drain("farm")
             await demands(4)
             assert bed.cluster.apps == {}
@@ -366,10 +362,7 @@ class TestSleep:
 
     async def test_undeployed_while_asleep_it_is_gone(self, bed):
         async with bed.opened() as scheduler:
-            demands = Demands(bed, scheduler)
-            await pool(scheduler, minimum=0, maximum=1, keep_alive_s=5)
-            await demands(3, cold={"tiny-qwen": 1})
-            await demands(15)
+            demands = await self.asleep(bed, scheduler)
             await scheduler.undeploy("tiny-qwen")
             await demands(4)
             assert bed.cluster.apps == {}
