@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from market.accounts import HoldResult, HoldStatus
-from market.fairness import PoolReport
+from market.fairness import OUTPUT_WORK, PoolReport
 from market.fakes import FakeClock
-from market.scheduler.shares import RECALL_S, SILENT_S, GatewayReport, Shares
-from market.types import HoldChange, RouteTable, SliceAsk
+from market.scheduler.shares import RATE_TAU_S, RECALL_S, SILENT_S, GatewayReport, Shares
+from market.types import HoldChange, Loan, RouteTable, SliceAsk
 from tests.samples import ROUTE, hold_request
 
 ROUTES = RouteTable((replace(ROUTE, places=10),), ())
@@ -154,3 +154,63 @@ class TestSync:
         orders = sync(shares, "gw1", keys=("key-1",))
         assert orders.key_gateways == {"key-1": 2}
         assert sync(shares, "gw0", keys=("key-1", "key-2")).key_gateways == {"key-1": 2, "key-2": 1}
+
+
+class TestDemand:
+    """What pools grow by."""
+
+    def test_is_added_up_over_gateways(self, shares):
+        sync(shares, "gw0", tiny=pool(running=3, waiting=1))
+        sync(shares, "gw1", tiny=pool(running=2))
+        demand = shares.demand("tiny")
+        assert (demand.running, demand.waiting) == (5, 1)
+
+    def test_kv_cache_is_that_of_all_replicas_by_what_all_gateways_have_on_it(self, shares):
+        for name, used in (("gw0", {"a": 0.5, "b": 0.1}), ("gw1", {"a": 0.4})):
+            report = GatewayReport(name, 1, {}, frozenset(), kv_used=used)
+            shares.sync(report, ROUTES)
+        assert shares.demand("tiny", ["a", "b"]).kv_used == pytest.approx(0.5)
+        assert shares.demand("tiny", ["a"]).kv_used == pytest.approx(0.9)
+        assert shares.demand("tiny").kv_used == 0
+
+    def test_work_is_a_rate_that_fades(self, shares, clock):
+        sync(shares, tiny=pool(acme=0.0))
+        clock.advance(1)
+        sync(shares, tiny=pool(acme=1000.0))
+        assert shares.demand("tiny").work_per_s == pytest.approx(1000 / RATE_TAU_S)
+        clock.advance(RATE_TAU_S)
+        assert shares.demand("tiny").work_per_s == 0
+
+    async def test_slices_count_when_they_are_granted_and_for_what_is_needed(self, shares, ledger):
+        await shares.grant(opening(minimum=50 * PRICE))
+        assert shares.demand("tiny").asked_per_s == 0  # it had no money
+        ledger.answer = HoldResult(HoldStatus.GRANTED, object(), 0)
+        await shares.grant(opening(wanted=10**12, minimum=50 * PRICE))
+        assert shares.demand("tiny").asked_per_s == 50 * OUTPUT_WORK / RATE_TAU_S
+
+    def test_what_runs_on_lent_leases_is_not_asked_of_the_pool(self, shares):
+        report = GatewayReport(
+            "gw0",
+            1,
+            {"tiny": pool(running=5), "lease-1": pool(running=1)},
+            frozenset(),
+            streams={"leased": 4},
+        )
+        shares.sync(report, ROUTES)
+        assert shares.demand("tiny", lent=[("leased", "lease-1")]).running == 2
+
+    def test_lent_places_are_told_apart_and_only_while_their_holder_is_idle(self, shares):
+        lent = replace(ROUTE, app_name="leased", places=4, loan=Loan("lease-1", "lender"))
+        routes = replace(ROUTES, lent=(lent,))
+
+        def share(**pools):
+            report = GatewayReport("gw0", 1, {"tiny": pool(running=1), **pools}, frozenset())
+            found = shares.sync(report, routes).pools["tiny"]
+            return found.places, found.lent
+
+        assert share() == (10, 4)
+        assert share(**{"lease-1": pool(running=1)}) == (10, 0)
+
+    def test_gateways_are_told_how_many_they_are(self, shares):
+        sync(shares, "gw0")
+        assert sync(shares, "gw1").routes.gateways == 2
