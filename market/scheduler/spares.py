@@ -41,6 +41,8 @@ class Spares:
     def keep(self, view: ClusterView) -> list[Spare]:
         """Give up those that are of no use any more; returns those that are to be started."""
         core, now_s = self._core, self._core.clock.monotonic()
+        if not core.config.spares:
+            return []
         elastic = [d for d in core.state.deployments.values() if _is_elastic(d)]
         engines = {deployment.engine for deployment in elastic}
         for spare in list(core.spares.values()):
