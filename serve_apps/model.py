@@ -204,7 +204,8 @@ class ModelReplica:
             request = msgspec.structs.replace(request, stream=True)
         try:
             async with self._lending.turn(borrowed=request.borrowed):
-                chunks = within(_whole(engine, request), credit, request.resumed)
+                rest = _rest(engine, request) if request.resumed else engine.generate(request)
+                chunks = within(rest, credit, request.resumed)
                 async with aclosing(chunks):
                     async for chunk in chunks:
                         delivered += len(chunk.token_ids)
@@ -247,25 +248,23 @@ class ModelReplica:
             await engine.close()
 
 
-async def _whole(engine: LoadedEngine, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
-    """The engine's chunks, counted as those of the whole answer if it was begun elsewhere."""
+async def _rest(engine: LoadedEngine, request: EngineRequest) -> AsyncGenerator[EngineChunk, None]:
+    """What is left of an answer that was begun elsewhere, counted as the whole."""
     begun, sampling = request.resumed, request.sampling
-    if begun and sampling.max_tokens is not None:
+    if sampling.max_tokens is not None:
         sampling = msgspec.structs.replace(
             sampling,
             max_tokens=max(1, sampling.max_tokens - begun),
             min_tokens=max(0, sampling.min_tokens - begun),
         )
-        request = msgspec.structs.replace(request, sampling=sampling)
-    async with aclosing(engine.generate(request)) as chunks:
+    asked = msgspec.structs.replace(request, sampling=sampling)
+    async with aclosing(engine.generate(asked)) as chunks:
         async for chunk in chunks:
-            if begun:
-                said = chunk.counts
-                inputs = said.input_tokens - begun
-                cached = min(said.cached_input_tokens, inputs)
-                counts = TokenCounts(inputs, cached, said.output_tokens + begun)
-                chunk = msgspec.structs.replace(chunk, counts=counts)
-            yield chunk
+            said = chunk.counts
+            inputs = said.input_tokens - begun
+            cached = min(said.cached_input_tokens, inputs)
+            counts = TokenCounts(inputs, cached, said.output_tokens + begun)
+            yield msgspec.structs.replace(chunk, counts=counts)
 
 
 def build_app(
