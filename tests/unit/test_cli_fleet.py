@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from types import SimpleNamespace
 
 import httpx
 import pytest
+import rich.progress
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -689,6 +690,27 @@ class TestStoredModels:
         assert "ready" in shown
         assert run("models", "rm", "qwen-0.5b", *JSON).json["freed_bytes"]["farm"] > 0
         assert "on no disk" in run("models", "rm", "qwen-0.5b", code=1).err
+
+    def test_bar_of_each_node_shows_how_far_its_pull_is(self, market, run, monkeypatch):
+        stored = StoredModel("qwen-0.5b", StoredState.PULLING, 0, 9, 0.0)
+        disk, seen = market.cluster.disks["farm"], []
+        update = rich.progress.Progress.update
+
+        def shown(progress, bar, **options):
+            update(progress, bar, **options)
+            (task,) = progress.tasks
+            seen.append((task.description, task.completed, task.total))
+            steps = {0: (4, StoredState.PULLING), 4: (9, StoredState.READY)}
+            if task.completed in steps:
+                size, state = steps[task.completed]
+                disk["qwen-0.5b"] = replace(stored, bytes=size, state=state)
+
+        disk["qwen-0.5b"] = stored
+        monkeypatch.setattr(market.cluster, "pull", lambda model, offer, pin, evict: None)
+        monkeypatch.setattr(rich.progress.Progress, "update", shown)
+        monkeypatch.setattr("market.cli.models.POLL_S", 0.01)
+        run("models", "pull", "qwen-0.5b")
+        assert seen == [("qwen-0.5b on farm", size, 9) for size in (0, 4, 9)]
 
     def test_failed_pull_says_why(self, market, run, monkeypatch):
         failed = StoredModel("qwen-0.5b", StoredState.FAILED, 0, 9, 0.0, message="no route to host")
