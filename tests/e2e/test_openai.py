@@ -250,11 +250,15 @@ class TestHangUp:
         assert tenant.settled() == 10 - row["charge"]
 
     def test_of_a_whole_answer_aborts_too(self, tenant):
+        """Engines on all CPUs may keep this process from running until its answer is there."""
+        client, answers = tenant.client(timeout=0.5), 0
         with pytest.raises(openai.APITimeoutError):
-            tenant.client(timeout=0.5).chat.completions.create(
-                model="tiny-qwen", messages=HI, max_tokens=2000, extra_body=LONG
-            )
-        (row,) = tenant.rows(1).to_dict("records")
+            while answers < 10:
+                client.chat.completions.create(
+                    model="tiny-qwen", messages=HI, max_tokens=2000, extra_body=LONG
+                )
+                answers += 1
+        row = tenant.rows(answers + 1).sort_values("lsn").iloc[-1]
         assert row["finish_reason"] == "client_disconnect"
         assert row["output_tokens"] < 2000
 
