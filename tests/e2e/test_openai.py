@@ -251,14 +251,19 @@ class TestHangUp:
 
     def test_of_a_whole_answer_aborts_too(self, tenant):
         """Engines on all CPUs may keep this process from running until its answer is there."""
-        client, answers = tenant.client(timeout=0.5), 0
-        with pytest.raises(openai.APITimeoutError):
-            while answers < 10:
-                client.chat.completions.create(
-                    model="tiny-qwen", messages=HI, max_tokens=2000, extra_body=LONG
+        client, answers = tenant.client(timeout=0.5), []
+
+        def ask():
+            while len(answers) < 10:
+                answers.append(
+                    client.chat.completions.create(
+                        model="tiny-qwen", messages=HI, max_tokens=2000, extra_body=LONG
+                    )
                 )
-                answers += 1
-        row = tenant.rows(answers + 1).sort_values("lsn").iloc[-1]
+
+        with pytest.raises(openai.APITimeoutError):
+            ask()
+        row = tenant.rows(len(answers) + 1).sort_values("lsn").iloc[-1]
         assert row["finish_reason"] == "client_disconnect"
         assert row["output_tokens"] < 2000
 
