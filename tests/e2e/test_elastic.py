@@ -441,12 +441,14 @@ def test_idle_time_of_a_lease_is_sold_and_taken_back_in_the_middle_of_an_answer(
     stream = client.chat.completions.create(
         model=MODEL, messages=messages, stream=True, extra_body={"ignore_eos": True}, **long
     )
-    own = None
-    for chunk in stream:
-        text += chunk.choices[0].delta.content or ""
-        if own is None and text:
-            own = asked(lender, 1, max_tokens=5)[0][0]
-    assert (own["x-market-lane"], own["x-market-lease-id"]) == ("lease", lease_id)
+    with ThreadPoolExecutor(1) as thread:
+        own = None
+        for chunk in stream:
+            text += chunk.choices[0].delta.content or ""
+            if own is None and text:  # long answers, so that the lease is not idle again soon
+                own = thread.submit(asked, lender, 3, max_tokens=1800)
+        for headers, _ in own.result():
+            assert (headers["x-market-lane"], headers["x-market-lease-id"]) == ("lease", lease_id)
     assert text == whole.choices[0].message.content
     rows = buyer.rows(2).sort_values("lsn")
     attrs = [dict(row) for row in rows["attrs"]]
