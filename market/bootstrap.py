@@ -9,7 +9,7 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 import httpx
 import ray
@@ -38,6 +38,7 @@ GATEWAY_APP = "serve_apps.gateway:build_app"
 LOCAL = "local"
 ASK_PER_GPU_HOUR = "1.00"
 READY_TIMEOUT_S = 120
+CLOSE_PATIENCE_S = 90
 
 Report = Callable[[str], None]
 
@@ -113,16 +114,17 @@ def down(config: Config, report: Report) -> bool:
     try:
         with _connected(head):
             report("draining the gateway")
-            with contextlib.suppress(MarketError):  # what it cannot meter now is credited
-                asyncio.run(scheduler_client().close())
+            # What it cannot meter now is credited.
+            with contextlib.suppress(MarketError, TimeoutError):
+                asyncio.run(_within_patience(scheduler_client().close()))
             stop_service(SCHEDULER)
             with contextlib.suppress(Exception):  # a broken Serve must not keep us from sealing
                 serve.delete(GATEWAY)
             report("sealing the ledger")
             asyncio.run(ledger_client().close())
             stop_service(LEDGER)
-            with contextlib.suppress(MarketError):
-                asyncio.run(answers_client().close())
+            with contextlib.suppress(MarketError, TimeoutError):
+                asyncio.run(_within_patience(answers_client().close()))
             stop_service(ANSWERS)
             report("stopping model replicas")
             serve.shutdown()
@@ -130,6 +132,12 @@ def down(config: Config, report: Report) -> bool:
         report("stopping the Ray head node")
         node.stop_head(head, config.state_dir)
     return True
+
+
+async def _within_patience(closing: Awaitable[None]) -> None:
+    """One service that hangs must not keep the others from ending in good order."""
+    async with asyncio.timeout(CLOSE_PATIENCE_S):
+        await closing
 
 
 @contextlib.contextmanager

@@ -204,7 +204,8 @@ class Auditor:
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
             try:
-                out, errors = await asyncio.wait_for(process.communicate(), VERIFY_TIMEOUT_S)
+                async with asyncio.timeout(VERIFY_TIMEOUT_S):
+                    out, errors = await process.communicate()
             finally:
                 if process.returncode is None:
                     process.kill()

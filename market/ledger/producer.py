@@ -213,7 +213,8 @@ class Producer:
                 await self._gathered.wait()
                 if len(self._waiting) < FULL_BATCH and not self._full.is_set():
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self._full.wait(), BATCH_DELAY_S)
+                        async with asyncio.timeout(BATCH_DELAY_S):
+                            await self._full.wait()
                 self._full.clear()
                 await self._send()
                 if not self._waiting:

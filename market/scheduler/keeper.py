@@ -163,7 +163,8 @@ class Keeper:
             self._tidied_s = clock_s
 
     async def _look(self) -> ClusterView:
-        view = await asyncio.wait_for(asyncio.to_thread(self._core.cluster.look), LOOK_TIMEOUT_S)
+        async with asyncio.timeout(LOOK_TIMEOUT_S):
+            view = await asyncio.to_thread(self._core.cluster.look)
         async with self._core.lock:
             await self._nodes.see(view.nodes)
         self._view, self._viewed_at = view, self._core.clock.now()

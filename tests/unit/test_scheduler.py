@@ -574,3 +574,25 @@ class TestDisks:
             farm.cluster.nodes.clear()
             assert await scheduler.stored_models() == {}
             assert scheduler._core.on_disk == {"farm": {"qwen-7b"}}
+
+
+@pytest.mark.parametrize("turns", range(8))
+async def test_ends_when_told_to_in_the_moment_in_which_a_look_ends(box, monkeypatch, turns):
+    """Turns of the loop between the two: a cancellation may meet a result that is on its way."""
+    async with box.opened() as scheduler:
+        asked, looked = asyncio.Event(), asyncio.get_running_loop().create_future()
+
+        async def look(function, *arguments):
+            asked.set()
+            await looked
+            return function(*arguments)
+
+        monkeypatch.setattr(asyncio, "to_thread", look)
+        rounds = asyncio.create_task(scheduler._keeper.run_forever())
+        await asked.wait()
+        looked.set_result(None)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        rounds.cancel()
+        await asyncio.wait({rounds}, timeout=2)
+        assert rounds.cancelled()
