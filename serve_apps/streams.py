@@ -31,21 +31,19 @@ async def unless_gone(
 ) -> Response:
     """The work's answer; the work is cancelled when the client hangs up.
 
-    If it takes long and ``is_patient``, a stream begins at once, with comments until there is more
-    to say: neither clients nor proxies between may think it dead. Raises ClientGone. The request's
-    body must have been read.
+    If it takes long and ``is_patient``, a stream begins before there is anything to say. Raises
+    ClientGone. The request's body must have been read.
     """
-    working = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(_disconnected(request.receive))
+    working = asyncio.create_task(work)
+    watching = asyncio.create_task(_disconnected(request.receive))
     ours = True
     try:
         both = {working, watching}
-        await asyncio.wait(both, timeout=COMMENT_S, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done() and not watching.done():
+        if not await _one_of(both, COMMENT_S):
             if is_patient():
                 ours = False
                 return EventStream(_kept_alive(working, seen_of(request.scope)), {})
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            await _one_of(both)
         if working.done():
             return working.result()
         raise ClientGone
@@ -59,15 +57,11 @@ async def unless_gone(
         await asyncio.gather(*own, return_exceptions=True)
 
 
-async def _kept_alive(
-    working: "asyncio.Future[Response]", seen: Seen
-) -> AsyncGenerator[bytes, None]:
-    """Comments while the answer is on its way, then its events; its error as an event."""
+async def _kept_alive(working: asyncio.Task[Response], seen: Seen) -> AsyncGenerator[bytes, None]:
+    """A comment, then the answer's events; its error as an event."""
     try:
-        while not working.done():
-            yield COMMENT
-            await asyncio.wait({working}, timeout=COMMENT_S)
-        answer = working.result()
+        yield COMMENT
+        answer = await working
         assert isinstance(answer, EventStream)
         async with aclosing(answer.events) as events:
             async for piece in events:
@@ -88,6 +82,7 @@ async def _kept_alive(
 class EventStream(Response):
     """Server-sent events. The generator is closed at once when the client hangs up.
 
+    While no event comes, comments do: neither clients nor proxies between may think it dead.
     Starlette's own streaming leaves a generator that waits in ``send`` to the garbage collector.
     """
 
@@ -98,13 +93,15 @@ class EventStream(Response):
         if "content-length" in self.headers:
             del self.headers["content-length"]
         self.events = events
+        self._said = self._saying = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the end or until the client is gone."""
         sending = asyncio.create_task(self._send(send))
         watching = asyncio.create_task(_disconnected(receive))
+        commenting = asyncio.create_task(self._comment(send))
         try:
-            await asyncio.wait({sending, watching}, return_when=asyncio.FIRST_COMPLETED)
+            await _one_of({sending, watching})
             if sending.done():
                 sending.result()
             else:
@@ -113,9 +110,17 @@ class EventStream(Response):
             seen_of(scope).break_off()
             raise
         finally:
-            sending.cancel()
-            watching.cancel()
-            await asyncio.gather(sending, watching, return_exceptions=True)
+            tasks = sending, watching, commenting
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _comment(self, send: Send) -> None:
+        while True:
+            await asyncio.sleep(COMMENT_S)
+            if not self._said and not self._saying:
+                await send({"type": "http.response.body", "body": COMMENT, "more_body": True})
+            self._said = False
 
     async def _send(self, send: Send) -> None:
         async with aclosing(self.events) as events:
@@ -129,10 +134,18 @@ class EventStream(Response):
             async for piece in events:
                 if piece:
                     more = not piece.endswith(DONE)  # nothing follows that: one write less
+                    self._said = self._saying = True
                     await send({"type": "http.response.body", "body": piece, "more_body": more})
+                    self._saying = False
                 if not more:
                     return
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _one_of(tasks: set[asyncio.Task[Any]], timeout_s: float | None = None) -> bool:
+    """Whether one of them ends in time."""
+    done, _ = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    return bool(done)
 
 
 async def _disconnected(receive: Receive) -> None:

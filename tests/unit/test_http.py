@@ -371,6 +371,29 @@ class TestPatience:
         assert ": waiting" not in chunks
         assert (await slow.record()).output_tokens == 3
 
+    async def test_comments_come_between_the_chunks_of_an_answer_that_stands_still(self, slow):
+        slow.gate.set()
+        go_on = asyncio.Event()
+        answer = slow.engine.generate
+
+        async def falter(request, *rest):
+            async for chunk in answer(request, *rest):
+                yield chunk
+                await go_on.wait()
+
+        slow.engine.generate = falter
+        asking = asyncio.create_task(
+            slow.http.post("/v1/chat/completions", json=CHAT | {"stream": True})
+        )
+        await slow.asked.wait()
+        await asyncio.sleep(0.1)
+        go_on.set()
+        pieces = (await asking).text.split("\n\n")
+        kinds = [piece.split(" ")[0] for piece in pieces if piece]
+        assert kinds[0] == "data:"
+        assert ":" in kinds
+        assert pieces[-2] == "data: [DONE]"
+
     async def test_error_is_an_event_then(self, slow):
         slow.outcome = Conflict("no room", code="no_room")
         answer = await self.answered(slow)
