@@ -345,13 +345,17 @@ class Rule:
 class RouteTable:
     """Routes that can be used, one per replica, deployments without one, and rules of tenants.
 
-    ``lent`` are leases' replicas that serve pools as well. So many ``gateways`` use them.
+    ``lent`` are leases' replicas that serve pools as well. ``early`` are those that start for pools
+    which have none: they may be used as soon as they say themselves that they are awake. Processes
+    on ``standby`` (applications) may have to start next. So many ``gateways`` use them.
     """
 
     ready: tuple[Route, ...]
     starting: tuple[NotReady, ...]
     rules: tuple[Rule, ...] = ()
     lent: tuple[Route, ...] = ()
+    early: tuple[Route, ...] = ()
+    standby: tuple[str, ...] = ()
     gateways: int = 1
 
 

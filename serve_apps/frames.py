@@ -55,7 +55,7 @@ class Failure(msgspec.Struct, array_like=True):
     retry_after_s: float | None
 
 
-class Piece(msgspec.Struct, array_like=True):
+class Piece(msgspec.Struct, array_like=True, tag=0):
     """News of one stream: a chunk, its failure, or (neither) its end."""
 
     stream: int
@@ -63,10 +63,18 @@ class Piece(msgspec.Struct, array_like=True):
     failure: Failure | None = None
 
 
+class State(msgspec.Struct, array_like=True, tag=1):
+    """Whether the replica answers at once, and how many tokens its KV cache holds (0: unknown)."""
+
+    awake: bool
+    kv_tokens: int
+
+
 Asked = Open | Extend | Abort | Taken
+News = Piece | State
 encode = msgspec.msgpack.Encoder().encode
 decode_asked = msgspec.msgpack.Decoder(Asked).decode
-decode_pieces = msgspec.msgpack.Decoder(list[Piece]).decode
+decode_news = msgspec.msgpack.Decoder(list[News]).decode
 
 
 def merge(chunks: list[EngineChunk]) -> EngineChunk:

@@ -29,11 +29,13 @@ from serve_apps.frames import (
     Asked,
     Extend,
     Failure,
+    News,
     Open,
     Piece,
+    State,
     Taken,
     decode_asked,
-    decode_pieces,
+    decode_news,
     encode,
     error_of,
     failure_of,
@@ -55,12 +57,11 @@ CLOSE_POLL_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a replica listens, and how many tokens its engine's KV cache holds (0: unknown)."""
+    """Where a replica listens, and what it wants to hear first."""
 
     host: str
     port: int
     secret: str = field(repr=False)
-    kv_tokens: int = 0
 
 
 Generate = Callable[[EngineRequest, Credit], AsyncGenerator[EngineChunk, None]]
@@ -73,6 +74,7 @@ class LinkServer:
         self._generate = generate
         self._server: asyncio.Server | None = None
         self._peers: set[_Peer] = set()
+        self._state = State(False, 0)
         self.secret = secrets.token_urlsafe(32)
         self.port = 0
 
@@ -85,6 +87,12 @@ class LinkServer:
     def streams(self) -> int:
         """Answers under way."""
         return sum(len(peer.tasks) for peer in self._peers)
+
+    def tell(self, state: State) -> None:
+        """Let all gateways know, and those that come later."""
+        self._state = state
+        for peer in self._peers:
+            peer.tell(state)
 
     async def stop(self, patience_s: float) -> None:
         """Take no new streams; end those that are still under way after ``patience_s``."""
@@ -110,6 +118,7 @@ class LinkServer:
                 return
             peer = _Peer(self._generate, writer)
             self._peers.add(peer)
+            peer.tell(self._state)
             while True:
                 peer.take(decode_asked(await read_frame(reader)))
         except (OSError, TimeoutError, asyncio.IncompleteReadError, msgspec.DecodeError):
@@ -129,7 +138,7 @@ class _Peer:
         self._writer = writer
         self._credits: dict[int, Credit] = {}
         self._waiting: dict[int, list[EngineChunk]] = {}
-        self._ended: list[Piece] = []
+        self._other: list[News] = []
         self._under_way = 0
         self._news = asyncio.Event()
         self._sender = asyncio.create_task(self._send())
@@ -142,7 +151,7 @@ class _Peer:
             case Open(stream, request, tokens, final):
                 if self.closing:
                     leaving = Overloaded("this replica is going down", retry_after_s=1)
-                    self._ended.append(Piece(stream, None, failure_of(leaving)))
+                    self._other.append(Piece(stream, None, failure_of(leaving)))
                     self._news.set()
                     return
                 credit = self._credits[stream] = Credit(tokens, final)
@@ -158,6 +167,11 @@ class _Peer:
             case Taken(frames):
                 self._under_way -= frames
                 self._news.set()
+
+    def tell(self, state: State) -> None:
+        """What the replica says of itself."""
+        self._other.append(state)
+        self._news.set()
 
     async def close(self) -> None:
         """Nobody reads any more: abort what is under way."""
@@ -188,7 +202,7 @@ class _Peer:
                 EngineFailed(f"the engine failed: {type(error).__name__}: {error}")
             )
         self._pass_on(stream, held)
-        self._ended.append(Piece(stream, None, failure))
+        self._other.append(Piece(stream, None, failure))
 
     def _pass_on(self, stream: int, held: list[EngineChunk]) -> None:
         if held:
@@ -207,24 +221,29 @@ class _Peer:
             while True:
                 await self._news.wait()
                 self._news.clear()
-                if self._under_way >= WINDOW or not (self._waiting or self._ended):
+                if self._under_way >= WINDOW or not (self._waiting or self._other):
                     continue
-                pieces = [Piece(stream, merge(new)) for stream, new in self._waiting.items()]
-                pieces += self._ended
+                news: list[News] = [Piece(n, merge(new)) for n, new in self._waiting.items()]
+                news += self._other
                 self._waiting.clear()
-                self._ended.clear()
+                self._other.clear()
                 self._under_way += 1
-                write_frame(self._writer, encode(pieces))
+                write_frame(self._writer, encode(news))
                 await self._writer.drain()
 
 
 class Link:
     """The gateway's end: an Engine port over one connection, made again when it is lost."""
 
-    def __init__(self, address: Callable[[], Awaitable[Address]]) -> None:
-        """``address`` finds the replica, however long that takes."""
+    def __init__(
+        self,
+        address: Callable[[], Awaitable[Address]],
+        on_state: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``address`` finds the replica, however long that takes; it says when it is awake."""
         self._address = address
-        self._kv_tokens = 0
+        self._on_state = on_state
+        self._state = State(False, 0)
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
         self._connecting: asyncio.Task[asyncio.StreamWriter] | None = None
@@ -238,6 +257,11 @@ class Link:
         return self._writer is not None
 
     @property
+    def awake(self) -> bool:
+        """Whether its engine answers at once."""
+        return self._state.awake
+
+    @property
     def streams(self) -> int:
         """Answers under way through this link."""
         return len(self._streams)
@@ -246,7 +270,7 @@ class Link:
     def kv_used(self) -> float:
         """The part of the replica's KV cache that our answers have; 0 if its size is unknown."""
         held = sum(stream.tokens for stream in self._streams.values())
-        return held / self._kv_tokens if self._kv_tokens else 0.0
+        return held / self._state.kv_tokens if self._state.kv_tokens else 0.0
 
     async def generate(
         self, request: EngineRequest, credit: Credit
@@ -321,7 +345,6 @@ class Link:
             raise EngineFailed(f"the replica cannot be reached: {error!r}") from error
         tune(writer)
         write_frame(writer, found.secret.encode())
-        self._kv_tokens = found.kv_tokens
         self._writer = writer
         self._reading = asyncio.create_task(self._read_forever(reader, writer))
         return writer
@@ -332,16 +355,19 @@ class Link:
         loop = asyncio.get_running_loop()
         try:
             while True:
-                for piece in decode_pieces(await read_frame(reader)):
-                    stream = self._streams.get(piece.stream)
-                    if stream is not None:
-                        stream.put(piece)
+                for news in decode_news(await read_frame(reader)):
+                    if isinstance(news, State):
+                        self._state = news
+                        self._on_state()
+                    elif (stream := self._streams.get(news.stream)) is not None:
+                        stream.put(news)
                 # The streams just woken run before this callback: their chunks are passed on.
                 loop.call_soon(self._send, writer, Taken(1))
         except (OSError, asyncio.IncompleteReadError, msgspec.DecodeError) as error:
             logger.info("link lost: %r", error)
         finally:
             self._writer = None
+            self._state = State(False, 0)
             writer.close()
             lost = failure_of(EngineFailed("the replica is gone"))
             for stream in self._streams.values():

@@ -71,7 +71,7 @@ class Prices(Protocol):
         ...
 
 
-def replica_link(handle: Any) -> Link:
+def replica_link(handle: Any, on_state: Callable[[], None]) -> Link:
     """The link to the replica behind a Ray Serve handle."""
     ask = handle.options(method_name="address")
 
@@ -85,7 +85,7 @@ def replica_link(handle: Any) -> Link:
                 logger.info("the replica of %s is gone: %s", handle.app_name, type(error).__name__)
             await asyncio.sleep(ADDRESS_RETRY_S)
 
-    link = Link(address)
+    link = Link(address, on_state)
     link.connect()
     return link
 
@@ -119,7 +119,7 @@ class LiveRoutes:
         self._loading = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
         self._refreshing: asyncio.Task[None] | None = None
-        self._refreshed = asyncio.Event()
+        self._changed = asyncio.Event()
         self._cold: Counter[tuple[str, str]] = Counter()
         self._cold_now = asyncio.Event()
         self._wanted_back: dict[str, float] = {}
@@ -152,11 +152,13 @@ class LiveRoutes:
         """Routes whose application Serve does not know are not ready."""
         table = await self._exchange()
         engines: dict[str, Link] = {}
-        for app in {route.app_name for route in table.ready}:
+        routes = *table.ready, *table.early
+        for app in {*(route.app_name for route in routes), *table.standby}:
             known = self._engines.get(app)
             try:
                 engines[app] = known or replica_link(
-                    await asyncio.to_thread(self._handle_of, app)  # asks Serve's controller
+                    await asyncio.to_thread(self._handle_of, app),  # asks Serve's controller
+                    self._awoken,
                 )
             except RayServeException:
                 logger.info("application %s is not there yet", app)
@@ -169,21 +171,31 @@ class LiveRoutes:
         self._engines = engines
         for link in engines.values():
             link.connect()  # whoever could not be reached is tried again, though others serve
-        self._table = RouteTable(
+        self._table = replace(
+            table,
             ready=tuple(route for route in table.ready if route.app_name in engines),
+            early=tuple(route for route in table.early if route.app_name in engines),
             starting=(
                 *table.starting,
                 *(NotReady(r.model, r.deployment_id, r.tenant_id, "starting") for r in gone),
             ),
-            rules=table.rules,
-            lent=table.lent,
-            gateways=table.gateways,
         )
+        self._awoken()
         self._rules = {}
         for rule in table.rules:
             self._rules.setdefault(rule.tenant_id, []).append(rule)
-        self._refreshed.set()
-        self._refreshed = asyncio.Event()
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _awoken(self) -> None:
+        """A replica may have said that it is awake: it need not wait for the next table."""
+        table = self._table
+        awake = [route for route in table.early if self._engines[route.app_name].awake]
+        if awake:
+            early = tuple(route for route in table.early if route not in awake)
+            self._table = replace(table, ready=(*table.ready, *awake), early=early)
+            self._changed.set()
+            self._changed = asyncio.Event()
 
     async def refresh_forever(self) -> None:
         """Keep the table fresh; the last known one serves on while the scheduler is away.
@@ -318,7 +330,7 @@ class LiveRoutes:
                     found = self._at(model, None, principal, lane, borrows=borrows)
                     if not isinstance(found, NotReady) or not found.wakes or enough():
                         return found
-                    await self._refreshed.wait()
+                    await self._changed.wait()
         except TimeoutError:
             raise NoCapacity(
                 f"{model} did not start within {COLD_WAIT_S:.0f} s",

@@ -49,6 +49,7 @@ from serve_apps.engines.base import (
     start_engine,
     warm_engine,
 )
+from serve_apps.frames import State
 from serve_apps.lending import Lending
 from serve_apps.link import Address, LinkServer
 
@@ -123,7 +124,7 @@ class ModelReplica:
             if self._engine is None:
                 if not wanted.asleep:  # one that died asleep must not come back on a GPU
                     self._engine = await self._load(wanted)
-                    self._awake.set()
+                    self._wake_up(self._engine)
                     self._warming = asyncio.create_task(self._warm_up(self._engine))
             elif wanted.asleep == self._awake.is_set():
                 await self._sleep_or_wake(self._engine, wanted.asleep)
@@ -154,14 +155,20 @@ class ModelReplica:
         if not asleep:
             async with quiet_gpus(self._settings.place):
                 await engine.wake()
-            self._awake.set()
+            self._wake_up(engine)
             return
         self._awake.clear()
+        self._link.tell(State(False, 0))
         await self._warming
         while self._link.streams:  # gateways send nothing more; what they have sent is answered
             await asyncio.sleep(STREAMS_POLL_S)
         async with quiet_gpus(self._settings.place):
             await engine.sleep()
+
+    def _wake_up(self, engine: LoadedEngine) -> None:
+        """Gateways send what waits for us at once: Serve and the scheduler see it later."""
+        self._awake.set()
+        self._link.tell(State(True, engine.kv_tokens))
 
     async def _warm_up(self, engine: LoadedEngine) -> None:
         """Engines load the last of what they need with their first answer: while gateways look for
@@ -178,11 +185,8 @@ class ModelReplica:
             logger.warning("warming up: %s", error)
 
     async def address(self) -> Address:
-        """Where gateways find this replica's link, the secret that it wants to see, and how many
-        tokens its KV cache holds.
-        """
-        kv_tokens = 0 if self._engine is None else self._engine.kv_tokens
-        return Address(self._host, self._link.port, self._link.secret, kv_tokens)
+        """Where gateways find this replica's link, and the secret that it wants to see."""
+        return Address(self._host, self._link.port, self._link.secret)
 
     async def generate(
         self, request: EngineRequest, credit: Credit

@@ -144,11 +144,17 @@ class Keeper:
                 return Sight(app.run, last, lost, at)
         return Sight(None, last, lost)
 
-    def spares_ready(self) -> int:
-        """Processes that could be given a model at once."""
+    def spares_ready(self) -> list[str]:
+        """Applications of processes that could be given a model at once."""
         apps = {} if self._view is None else self._view.apps
         names = [app_name(spare.process) for spare in self._core.spares.values()]
-        return sum(name in apps and apps[name].run is not None for name in names)
+        return [name for name in names if name in apps and apps[name].run is not None]
+
+    def standby(self) -> tuple[str, ...]:
+        """Applications of processes that could serve next: spare ones, and those that sleep."""
+        replicas = self._core.state.replicas.values()
+        asleep = [r.app_name for r in replicas if r.state is ReplicaState.ASLEEP]
+        return (*self.spares_ready(), *asleep)
 
     # -- parts of a round --------------------------------------------------------------------
 

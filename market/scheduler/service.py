@@ -311,6 +311,7 @@ class Scheduler:
         """Where requests may go right now, and why some cannot."""
         known = {model.name for model in catalog.models()}
         ready: list[Route] = []
+        early: list[Route] = []
         starting: list[NotReady] = []
         for deployment, replicas in await self.deployments():
             if deployment.mode is Mode.AUTO:
@@ -337,7 +338,20 @@ class Scheduler:
                         wakes=deployment.bounds.minimum == 0 and state in WAKING,
                     )
                 )
-        return RouteTable(tuple(ready), tuple(starting), self._rules.all(), self._lent(ready))
+                if lease is None and deployment.model in known:
+                    early.extend(
+                        self._route(deployment, replica)
+                        for replica in replicas
+                        if replica.state is ReplicaState.STARTING
+                    )
+        return RouteTable(
+            tuple(ready),
+            tuple(starting),
+            self._rules.all(),
+            lent=self._lent(ready),
+            early=tuple(early),
+            standby=self._keeper.standby(),
+        )
 
     async def grant(self, ask: SliceAsk) -> HoldResult:
         """Open or grow a gateway's token slice. See Shares.grant."""
@@ -356,7 +370,7 @@ class Scheduler:
             "pid": os.getpid(),
             "unsent_segments": len(state.outbox),
             "lost_nodes": sum(o.state is OfferState.LOST for o in state.offers.values()),
-            "spares_ready": self._keeper.spares_ready(),
+            "spares_ready": len(self._keeper.spares_ready()),
             "start_s": {name: round(cost.seconds, 3) for name, cost in state.starts.items()},
         }
 

@@ -201,6 +201,25 @@ class TestSpares:
             await demands(2, cold={"tiny-qwen": 1})
             assert [r.app_name for r in (await scheduler.routes()).ready] == [spare]
 
+    async def test_gateways_know_it_before_it_serves(self, spared):
+        async with spared.opened() as scheduler:
+            demands = Demands(spared, scheduler)
+            await pool(scheduler, minimum=0, maximum=1)
+            await demands(3)
+            (spare,) = spared.cluster.apps
+            table = await scheduler.routes()
+            assert (table.standby, table.early) == ((spare,), ())
+            spared.cluster.instant = False
+            await demands(1, cold={"tiny-qwen": 1})
+            table = await scheduler.routes()
+            assert ([r.app_name for r in table.early], table.ready) == ([spare], ())
+            assert table.starting[0].wakes
+            assert table.standby == ()
+            spared.cluster.ready()
+            await demands(1, cold={"tiny-qwen": 1})
+            table = await scheduler.routes()
+            assert ([r.app_name for r in table.ready], table.early) == ([spare], ())
+
     async def test_process_that_died_is_started_with_the_model(self, spared):
         """Serve starts it anew with its settings; where the application is gone we do."""
         async with spared.opened() as scheduler:
@@ -288,7 +307,9 @@ class TestSleep:
             await demands(15)
             assert await states(scheduler) == [DeploymentState.ASLEEP]
             assert bed.cluster.apps[replica.app_name].asleep
-            assert (await scheduler.routes()).starting[0].wakes
+            table = await scheduler.routes()
+            assert table.starting[0].wakes
+            assert table.standby == (replica.app_name,)
             await demands(2, cold={"tiny-qwen": 1})
             assert await states(scheduler) == [DeploymentState.READY]
             assert not bed.cluster.apps[replica.app_name].asleep

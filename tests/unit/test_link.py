@@ -17,7 +17,7 @@ from market.types import (
     TokenCounts,
     TokenLogprob,
 )
-from serve_apps.frames import Abort, Open, merge
+from serve_apps.frames import Abort, Open, State, merge
 from serve_apps.link import Address, Link, LinkServer
 
 HOST = "127.0.0.1"
@@ -61,9 +61,10 @@ class Engine:
 async def linked(engine):
     server = LinkServer(engine.generate)
     await server.start(HOST)
+    server.tell(State(True, 100))
 
     async def address():
-        return Address(HOST, server.port, server.secret, 100)
+        return Address(HOST, server.port, server.secret)
 
     link = Link(address)
     try:

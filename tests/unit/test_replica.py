@@ -11,6 +11,7 @@ from market.errors import MarketFault, Overloaded, Revoked
 from market.fakes import FakeEngine
 from market.types import EngineRequest, Place, Sampling, TokenCounts
 from serve_apps import model
+from serve_apps.frames import State
 from serve_apps.model import ModelReplica, ReplicaSettings, visible_gpus
 from tests.sleepy import SleepyEngine
 
@@ -74,7 +75,7 @@ async def test_spare_loads_when_it_is_told_what(replica, engines):
     assert engines == []
     await spare.reconfigure(msgspec.to_builtins(SETTINGS))
     assert len(await asked) == 4  # who came too early waited
-    assert (await spare.address()).kv_tokens == engines[0].kv_tokens
+    assert spare._link._state == State(True, engines[0].kv_tokens)
     await spare.reconfigure(msgspec.to_builtins(SETTINGS))
     assert len(engines) == 1
 
@@ -84,6 +85,7 @@ async def test_sleeps_when_the_last_answer_has_ended_and_wakes_in_place(replica,
     await own._warming
     await own.reconfigure(msgspec.to_builtins(ASLEEP))
     assert engines[0].asleep
+    assert not own._link._state.awake
     with pytest.raises(Overloaded):  # the sleep would wait for it, and it for the waking
         await answer(own)
     await own.reconfigure(msgspec.to_builtins(SETTINGS))

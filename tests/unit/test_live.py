@@ -1,0 +1,129 @@
+"""Routes of replicas that start: used as soon as the replica itself says that it is awake."""
+
+import asyncio
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from ray.serve.exceptions import RayServeException
+
+from market.config import Config
+from market.types import Lane, NotReady, RouteTable
+from serve_apps.frames import State
+from serve_apps.link import Address, LinkServer
+from serve_apps.live import LiveRoutes
+from tests.samples import ACME, CARD, ROUTE
+
+COLD = NotReady(ROUTE.model, ROUTE.deployment_id, None, "cold", wakes=True)
+STARTING = replace(COLD, reason="starting")
+
+
+class Prices:
+    async def balance(self, _tenant):
+        return SimpleNamespace(balance_pico=1)
+
+
+class Handle:
+    """What Serve gives: asks a replica for its address."""
+
+    def __init__(self, server):
+        self.server, self.app_name = server, ROUTE.app_name
+
+    def options(self, **_):
+        return self
+
+    async def remote(self):
+        return Address("127.0.0.1", self.server.port, self.server.secret)
+
+
+@pytest.fixture
+async def here(tmp_path, monkeypatch):
+    """Routes over what the test says is the table, and a replica's process that listens."""
+
+    async def nothing(_request, _credit):
+        yield
+
+    async def no_tokenizer(_self, _model):
+        pass
+
+    monkeypatch.setattr(LiveRoutes, "_load_ahead", no_tokenizer)
+    server = LinkServer(nothing)
+    await server.start("127.0.0.1")
+
+    async def exchange():
+        return routes.told
+
+    def handle_of(app):
+        if app != ROUTE.app_name:
+            raise RayServeException("no such application")
+        return Handle(server)
+
+    config = Config(tmp_path, "http://127.0.0.1:1")
+    routes = LiveRoutes(config, exchange, Prices(), lambda: {ROUTE.model: CARD}, handle_of)
+    routes.server, routes.told = server, RouteTable((), (COLD,))
+    await routes.refresh()
+    yield routes
+    for link in routes._engines.values():
+        await link.close()
+    await end(server)
+
+
+async def end(server):
+    """What a process that dies does to its connections."""
+    await server.stop(0)
+    for peer in server._peers:
+        peer._writer.close()
+
+
+async def until(condition):
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def told(routes, **changes):
+    routes.told = replace(routes.told, **changes)
+    await routes.refresh()
+
+
+async def test_request_goes_as_soon_as_the_process_is_awake(here):
+    await told(here, standby=(ROUTE.app_name,))
+    await until(lambda: here._engines[ROUTE.app_name].connected)
+    asking = asyncio.create_task(here.awake(ROUTE.model, ACME))
+    await told(here, starting=(STARTING,), early=(ROUTE,), standby=())
+    assert not asking.done()
+    here.server.tell(State(True, 0))  # and nobody refreshes any more
+    assert await asyncio.wait_for(asking, 5) == ROUTE
+    assert here.cold() == {}
+
+
+async def test_next_table_that_does_not_know_it_yet_takes_it_not_away(here):
+    here.server.tell(State(True, 0))
+    await told(here, starting=(STARTING,), early=(ROUTE,))
+    await until(lambda: here.pool(ROUTE.model, ACME, Lane.TOKENS) == ROUTE)
+    await told(here)
+    assert here.pool(ROUTE.model, ACME, Lane.TOKENS) == ROUTE
+    await told(here, starting=(), early=(), ready=(ROUTE,))
+    assert here.pool(ROUTE.model, ACME, Lane.TOKENS) == ROUTE
+
+
+async def test_process_that_is_lost_before_it_is_seen_ready_gets_nothing(here):
+    here.server.tell(State(True, 0))
+    await told(here, starting=(STARTING,), early=(ROUTE,))
+    await until(lambda: here.pool(ROUTE.model, ACME, Lane.TOKENS) == ROUTE)
+    await end(here.server)
+    await until(lambda: not here._engines[ROUTE.app_name].awake)
+    await told(here)
+    assert here.pool(ROUTE.model, ACME, Lane.TOKENS) == STARTING
+
+
+async def test_spare_process_that_is_awake_for_nobody_is_no_route(here):
+    here.server.tell(State(True, 0))
+    await told(here, standby=(ROUTE.app_name,))
+    await until(lambda: here._engines[ROUTE.app_name].awake)
+    assert here.pool(ROUTE.model, ACME, Lane.TOKENS) == COLD
+
+
+async def test_application_that_is_not_there_yet_is_no_route(here):
+    await told(here, starting=(STARTING,), early=(replace(ROUTE, app_name="model-none"),))
+    assert here.pool(ROUTE.model, ACME, Lane.TOKENS) == STARTING
