@@ -838,7 +838,8 @@ class AppStatus:
     """What Serve says of an application.
 
     ``run`` identifies the process that serves; None if none does. Serve may replace it. It has the
-    settings of ``replica_id``, which are in force; "" for a spare.
+    settings of ``replica_id``, which are in force; "" for a spare. After its controller's restart
+    Serve is ``unsure`` whether the process that served still does.
     """
 
     run: str | None
@@ -846,6 +847,7 @@ class AppStatus:
     message: str
     replica_id: str = ""
     asleep: bool = False
+    unsure: bool = False
 
 
 @dataclass(frozen=True, slots=True)

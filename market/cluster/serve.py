@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 MODEL_APP = "serve_apps.model:build_app"
 SPARE_APP = "serve_apps.model:build_spare"
 END_PATIENCE_S = 10.0
-RUNNING, DEPLOY_FAILED = "RUNNING", "DEPLOY_FAILED"
+RUNNING, RECOVERING, DEPLOY_FAILED = "RUNNING", "RECOVERING", "DEPLOY_FAILED"
 # While settings are being changed, what is seen is half of before and half of after.
 CHANGING = "DEPLOYING", "UPDATING"
 
@@ -165,6 +165,10 @@ def _status(app: Mapping[str, Any]) -> AppStatus:
         message=_reason(app),
         replica_id=settings.get("replica_id", ""),
         asleep=settings.get("asleep", False),
+        unsure=any(
+            replica["state"] == RECOVERING or (replica["state"] == RUNNING and changing)
+            for replica in replicas
+        ),
     )
 
 

@@ -191,6 +191,8 @@ class Keeper:
     async def _lease(self, lease: Lease, view: ClusterView, now: datetime) -> None:
         if lease.floating and not lease.gpu_indices and lease.start <= now < lease.end:
             lease = await self._orders.bind(lease)
+        if lease.state is LeaseState.ACTIVE and now < lease.end and self._is_unsure(lease, view):
+            return  # what was between is decided when Serve knows
         sight = self.sight(lease, view)
         failed = [
             r for r in self._core.replicas_of(lease.lease_id) if r.state is ReplicaState.FAILED
@@ -208,6 +210,10 @@ class Keeper:
             self._seen_runs.pop(lease.lease_id, None)
         elif now >= rules.stops_at(lease):
             await self._stop_replicas(lease, "its term is over")
+
+    def _is_unsure(self, lease: Lease, view: ClusterView) -> bool:
+        apps = [view.apps.get(r.app_name) for r in self._core.replicas_of(lease.lease_id)]
+        return any(app is not None and app.run is None and app.unsure for app in apps)
 
     async def _stop_replicas(self, lease: Lease, reason: str) -> None:
         stopping = [

@@ -172,6 +172,8 @@ def _steps(
         return [*_mark(replica, ReplicaState.STARTING, "replica starting"), Start(replica)]
     if app.run is not None:
         return _mark(replica, ReplicaState.READY, "serving")
+    if app.unsure and replica.state is ReplicaState.READY:
+        return []  # its answers go on, and new ones come
     return _mark(replica, ReplicaState.STARTING, app.message or "replica starting")
 
 

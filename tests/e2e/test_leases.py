@@ -134,10 +134,15 @@ def test_scheduler_and_controller_killed_disturb_no_answer(market):
     psutil.Process(pid).kill()
     (controller,) = market.processes("ServeController")
     controller.kill()
+
+    def back():
+        market.acme.client().chat.completions.create(**ASK, max_tokens=5)
+        return market.status()["scheduler"]["pid"] != pid
+
+    wait_until(back, "a new scheduler", 90)
+    print(f"scheduler and controller back after {time.monotonic() - began:.1f} s")
     reasons = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices]
     assert reasons[-1] == "length"
-    wait_until(lambda: market.status()["scheduler"]["pid"] != pid, "a new scheduler", 90)
-    print(f"scheduler and controller back after {time.monotonic() - began:.1f} s")
     market.acme.client().chat.completions.create(**ASK, max_tokens=5)
     assert state(market, "a") == ("active", None)
 

@@ -132,6 +132,11 @@ class TestRunning:
         assert step == mark(ReplicaState.STARTING, "loading weights")
         assert steps(replica(state=state), apps={APP: STARTING}) == [BEGIN]
 
+    def test_who_serves_is_trusted_while_serve_does_not_know(self):
+        unsure = replace(STARTING, unsure=True)
+        assert steps(replica(state=ReplicaState.READY), apps={APP: unsure}) == []
+        assert steps(replica(state=ReplicaState.STARTING), apps={APP: unsure}) == [BEGIN]
+
     def test_failure_keeps_the_reason_and_is_not_started_again(self):
         own = replica(state=ReplicaState.STARTING)
         assert steps(own, apps={APP: FAILED}) == [mark(ReplicaState.FAILED, "no memory")]

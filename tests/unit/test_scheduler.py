@@ -270,6 +270,23 @@ class TestLeases:
             assert seen.credited_us >= 60 * 10**6
             assert seen.healthy_us == 60 * 10**6  # the rest of the first run has no witness
 
+    async def test_serves_controller_restarted_leaves_no_gap(self, farm):
+        async with farm.opened() as scheduler:
+            booked = await lease(scheduler)
+            await farm.rounds(scheduler, 65, 5)
+            apps = dict(farm.cluster.apps)
+            (app,) = apps
+            farm.cluster.apps[app] = replace(apps[app], run=None, unsure=True)
+            await farm.rounds(scheduler, 5, 1)
+            before = await scheduler.lease(booked.lease_id)
+            assert before.state is LeaseState.ACTIVE
+            assert len((await scheduler.routes()).ready) == 1
+            farm.cluster.apps |= apps
+            await farm.rounds(scheduler, 60, 5)
+            seen = await scheduler.lease(booked.lease_id)
+            assert seen.credited_us == before.credited_us
+            assert seen.healthy_us == before.healthy_us + 60 * 10**6
+
     async def test_renewal_and_the_next_booking_in_its_way(self, farm):
         async with farm.opened() as scheduler:
             first = await lease(scheduler, 1, gpu_count=2)
