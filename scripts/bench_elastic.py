@@ -28,7 +28,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from decimal import Decimal
@@ -52,6 +52,7 @@ BODY = {
     "model": MODEL,
     "messages": [{"role": "user", "content": "What is a list?"}],
     "max_tokens": 8,
+    "temperature": 0,
     "ignore_eos": True,
 }
 POLL_S = 0.02
@@ -74,12 +75,14 @@ GOOD = 0.99
 
 
 @contextmanager
-def elastic_market(engine: str, bounds: str, spares: int = 1) -> Iterator[tuple[OwnMarket, str]]:
-    """A market with the tiny model at zero replicas, and a tenant's key."""
+def elastic_market(
+    engine: str, bounds: str, spares: int = 1, size: Sequence[str] = ()
+) -> Iterator[tuple[OwnMarket, str]]:
+    """A market with the tiny model (of a size) at zero replicas, and a tenant's key."""
     os.environ["MARKET_SPARES"] = str(spares)
     with tempfile.TemporaryDirectory(prefix="market-bench-") as name:
         folder = Path(name)
-        model = tiny_model(folder / MODEL)
+        model = tiny_model(folder / MODEL, *size)
         with OwnMarket(folder / "home", model) as own:
             options = ("--engine", engine, "--replicas", bounds, "--keep-alive", "2s")
             own.cli("deploy", MODEL, *options)
@@ -105,8 +108,6 @@ class Watcher(threading.Thread):
                 (deployment,) = client.get(self._url).json()
                 if deployment["places"]:
                     self.seen.setdefault("decided", time.time())
-                if deployment["state"] == "ready":
-                    self.seen.setdefault("ready", time.time())
                 if "process" not in self.seen:
                     self._look_for_process()
 
@@ -157,29 +158,37 @@ def cold_start(own: OwnMarket, key: str, spares: int) -> dict[str, float]:
     seen = watcher.end()
     # A spare process was there before.
     process = max(seen["process"], seen["decided"])
-    moments = [asked, seen["decided"], process, seen["ready"], first]
-    names = ("decision", "new process", "imports and load", "first token")
+    moments = [asked, seen["decided"], process, first]
+    names = ("decision", "new process", "imports, load, first token")
     parts = dict(zip(names, (b - a for a, b in pairwise(moments)), strict=True))
     return parts | {"in all": first - asked}
 
 
 def bare_load(engine: str, model: Path) -> dict[str, float]:
-    """The engine alone, in seconds until its first token: in a new process, and once more in the
+    """The engine alone, in seconds until its first text: in a new process, and once more in the
     same one, with all that it imports behind it.
     """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    asked = tokenizer.apply_chat_template(BODY["messages"], add_generation_prompt=True)
+    prompt = tuple(asked["input_ids"])
     code = f"""
 import asyncio, json, sys, time
 began = time.perf_counter()
 sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+from contextlib import aclosing
 from pathlib import Path
 from serve_apps.engines.base import EngineSettings, start_engine
 from market.types import EngineRequest, Sampling
 async def once():
     engine = await start_engine({engine!r}, EngineSettings(Path({str(model)!r}), 2048, 0.0))
-    request = EngineRequest("r", tuple(range(40, 60)), Sampling(1), "s")
-    async for _ in engine.generate(request):
-        pass
-    return engine
+    sampling = Sampling({BODY["max_tokens"]}, temperature=0, ignore_eos=True)
+    request = EngineRequest("r", {prompt!r}, sampling, "s")
+    async with aclosing(engine.generate(request)) as chunks:
+        async for chunk in chunks:
+            if chunk.text:
+                return engine
 async def main():
     engine = await once()
     new = time.perf_counter() - began
@@ -190,21 +199,24 @@ async def main():
     await engine.close()
 asyncio.run(main())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as Ray gives it to a replica on CPUs
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=one_thread, capture_output=True, text=True, check=True
+    )
     line = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
     found: dict[str, float] = json.loads(line)
     return found
 
 
-def bench_cold(engine: str, rounds: int) -> dict[str, Any]:
+def bench_cold(engine: str, rounds: int, size: Sequence[str]) -> dict[str, Any]:
     """Cold requests, the median of each part."""
     with tempfile.TemporaryDirectory(prefix="market-bench-") as name:
-        bare = bare_load(engine, tiny_model(Path(name) / MODEL))
+        bare = bare_load(engine, tiny_model(Path(name) / MODEL, *size))
     print(f"\ncold request, {engine}, median of {rounds} (seconds)")
     print(f"  bare engine: new process {bare['new']:.2f}, with imports warm {bare['warm']:.2f}")
     results: dict[str, Any] = {"engine": engine, **{f"bare_{k}": v for k, v in bare.items()}}
     for spares in (0, 1):
-        with elastic_market(engine, "0:1", spares) as (own, key):
+        with elastic_market(engine, "0:1", spares, size) as (own, key):
             tries = [cold_start(own, key, spares) for _ in range(rounds)]
         medians = {part: statistics.median(one[part] for one in tries) for part in tries[0]}
         name = "a spare process waits" if spares else "no spare process"
@@ -428,6 +440,8 @@ def main() -> None:
     parser.add_argument("--parts", default="cold,burst,day")
     parser.add_argument("--engines", default="transformers")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--hidden-size", default="128", help="cold: of the model that is made")
+    parser.add_argument("--layers", default="4", help="cold: of the model that is made")
     parser.add_argument("--burst", type=int, default=40)
     parser.add_argument("--trace", type=Path)
     parser.add_argument("--rates", type=Path, help="forecast: counts per tenant and ten minutes")
@@ -447,10 +461,11 @@ def main() -> None:
     hybrid = (arguments.tenant_trace, arguments.gpu_prices, arguments.token_prices)
     if "hybrid" in parts and None in hybrid:
         parser.error("hybrid needs --tenant-trace, --gpu-prices and --token-prices")
+    size = "--hidden-size", arguments.hidden_size, "--layers", arguments.layers
     starts = [float(text) for text in arguments.starts.split(",")]
     for engine in arguments.engines.split(","):
         if "cold" in parts:
-            bench_cold(engine, arguments.rounds)
+            bench_cold(engine, arguments.rounds, size)
         if "burst" in parts:
             bench_burst(engine, arguments.burst)
     if "day" in parts:

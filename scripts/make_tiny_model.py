@@ -90,7 +90,7 @@ def train_tokenizer(texts: list[str]) -> Any:
     return tokenizer
 
 
-def build_model(seed: int) -> Any:
+def build_model(seed: int, hidden_size: int, layers: int) -> Any:
     """A Qwen2 causal language model with seeded random weights."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -98,11 +98,11 @@ def build_model(seed: int) -> Any:
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 32,
+        num_key_value_heads=hidden_size // 64,
         max_position_embeddings=CONTEXT_TOKENS,
         tie_word_embeddings=True,
         bos_token_id=0,
@@ -226,11 +226,15 @@ def main() -> None:
     parser.add_argument("--embedding", action="store_true", help="make an embedding model")
     parser.add_argument("--train-steps", type=int, default=0, help="0 leaves seeded random weights")
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--hidden-size", type=int, default=128, help="a multiple of 64")
+    parser.add_argument("--layers", type=int, default=4, help="more make loading take longer")
     parser.add_argument("--if-missing", action="store_true", help="do nothing if it is there")
     arguments = parser.parse_args()
     embedding = arguments.embedding
     if embedding and arguments.train_steps:
         parser.error("--train-steps: embedding models are not trained here")
+    if arguments.hidden_size % 64 or arguments.hidden_size <= 0:
+        parser.error("--hidden-size: must be a multiple of 64")
     if arguments.folder is None:
         arguments.folder = home / "models" / ("tiny-embed" if embedding else "tiny-qwen")
     if arguments.if_missing and (arguments.folder / "training.json").is_file():
@@ -240,7 +244,10 @@ def main() -> None:
     topics = load_topics()
     texts = [paragraph for paragraphs in topics.values() for paragraph in paragraphs]
     tokenizer = train_tokenizer(texts)
-    model = build_encoder(arguments.seed) if embedding else build_model(arguments.seed)
+    if embedding:
+        model = build_encoder(arguments.seed)
+    else:
+        model = build_model(arguments.seed, arguments.hidden_size, arguments.layers)
     loss = None
     if arguments.train_steps > 0:
         loss = train(model, tokenizer, topics, arguments.train_steps, arguments.seed)

@@ -62,10 +62,10 @@ class OwnMarket:
         return str(self.cli("keys", "create", "--tenant", name, "--no-save")["api_key"])
 
 
-def tiny_model(folder: Path) -> Path:
+def tiny_model(folder: Path, *options: str) -> Path:
     """The model in ``folder``, made if it is not there."""
     if not folder.exists():
-        script = [sys.executable, str(SCRIPTS / "make_tiny_model.py"), str(folder)]
+        script = [sys.executable, str(SCRIPTS / "make_tiny_model.py"), str(folder), *options]
         subprocess.run(script, check=True, stderr=subprocess.DEVNULL)
     return folder
 

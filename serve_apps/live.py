@@ -165,8 +165,9 @@ class LiveRoutes:
         for app, link in self._engines.items():
             if app not in engines:
                 self._spawn(self._leave(app, link))
-        for route in table.ready:
-            self._preload(route.model)
+        waking = [entry.model for entry in table.starting if entry.wakes]
+        for model in (*(route.model for route in table.ready), *waking):
+            self._preload(model)
         gone = [route for route in table.ready if route.app_name not in engines]
         self._engines = engines
         for link in engines.values():

@@ -13,10 +13,11 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -70,6 +71,7 @@ STREAMS_POLL_S = 0.05
 # Of its share of a card an engine uses this much: contexts and fragments need the rest.
 GPU_MEMORY_USED = 0.95
 TELL_EVERY_S = 10.0
+WARM_UP_AFTER_S = 0.1
 WARM_UP = (1, 2, 3, 4)  # tokens that every vocabulary has
 
 
@@ -129,6 +131,11 @@ class ModelReplica:
             elif wanted.asleep == self._awake.is_set():
                 await self._sleep_or_wake(self._engine, wanted.asleep)
 
+    async def adopt(self, settings: dict[str, Any]) -> None:
+        """Begin what Serve will ask in a quarter of a second. What it has said itself counts."""
+        if self._settings is None:
+            await self.reconfigure(settings)
+
     async def _load(self, settings: ReplicaSettings) -> LoadedEngine:
         entry = find(settings.model)
         models_dir = Path(settings.models_dir)
@@ -171,9 +178,12 @@ class ModelReplica:
         self._link.tell(State(True, engine.kv_tokens))
 
     async def _warm_up(self, engine: LoadedEngine) -> None:
-        """Engines load the last of what they need with their first answer: while gateways look for
-        us there is time for that.
+        """Engines load the last of what they need with their first answer: if nobody waits for it
+        there is time for that.
         """
+        await asyncio.sleep(WARM_UP_AFTER_S)
+        if self._link.streams:
+            return
         assert self._settings is not None
         embeds = find(self._settings.model).embeds
         request = EngineRequest("warm-up", WARM_UP, Sampling(1), "warm-up", embeds=embeds)
@@ -271,17 +281,16 @@ async def _rest(engine: LoadedEngine, request: EngineRequest) -> AsyncGenerator[
             yield msgspec.structs.replace(chunk, counts=counts)
 
 
-def build_app(
+def settings_of(
     replica: Replica,
     deployment: Deployment,
     model: Model,
     offer: Offer,
     models_dir: Path,
     sequences: int,
-) -> serve.Application:
-    """The Serve application of one replica, on exactly its node and GPUs, as its state says."""
+) -> dict[str, Any]:
+    """What a replica must know, as its state says, in the form in which it is told."""
     place = replica.place
-    drain_s = DRAIN_S if deployment.lease_id is None else LEASE_DRAIN_S
     settings = ReplicaSettings(
         replica.replica_id,
         model.name,
@@ -289,17 +298,31 @@ def build_app(
         place,
         offer.logical or not place.gpu_indices,
         sequences,
-        drain_s - CLOSE_S,
+        _drain_s(deployment) - CLOSE_S,
         asleep=replica.state is ReplicaState.FALLING_ASLEEP,
     )
+    told: dict[str, Any] = msgspec.to_builtins(settings)
+    return told
+
+
+def build_app(
+    replica: Replica, deployment: Deployment, offer: Offer, settings: dict[str, Any]
+) -> serve.Application:
+    """The Serve application of one replica, on exactly its node and GPUs."""
+    place, engine, drain_s = replica.place, deployment.engine, _drain_s(deployment)
     if replica.process:
-        return _application(replica.process, deployment.engine, offer, {}, 0, drain_s, settings)
+        return _application(replica.process, engine, offer, {}, 0, drain_s, settings)
     slots = {slot_resource(place.node_id, i): place.gpu_milli / 1000 for i in place.gpu_indices}
-    if deployment.lease_id is None and sleeps(deployment.engine, logical=offer.logical):
+    if deployment.lease_id is None and sleeps(engine, logical=offer.logical):
         slots = {}  # an actor cannot give them back while it sleeps
     cpus = 0 if place.gpu_indices else REPLICA_CPUS
+    gpus = visible_gpus(place, settings["logical"])
     name = replica.replica_id
-    return _application(name, deployment.engine, offer, slots, cpus, drain_s, settings)
+    return _application(name, engine, offer, slots, cpus, drain_s, settings, gpus)
+
+
+def _drain_s(deployment: Deployment) -> float:
+    return DRAIN_S if deployment.lease_id is None else LEASE_DRAIN_S
 
 
 def build_spare(name: str, engine: str, offer: Offer) -> serve.Application:
@@ -316,14 +339,13 @@ def _application(
     slots: dict[str, float],
     cpus: float,
     drain_s: float,
-    settings: ReplicaSettings | None,
+    settings: dict[str, Any] | None,
+    gpus: Mapping[str, str] = MappingProxyType({}),
 ) -> serve.Application:
-    variables = {REPLICA_VARIABLE: process, NODE_VARIABLE: offer.node_id}
+    variables = {REPLICA_VARIABLE: process, NODE_VARIABLE: offer.node_id, **gpus}
     if not offer.logical:
         # The slot is the authority: Ray must not blank or change what we say.
         variables["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"
-        if settings is not None and process == settings.replica_id:
-            variables |= visible_gpus(settings.place, settings.logical)
     served = serve.deployment(
         name="replica",
         num_replicas=1,
@@ -332,7 +354,7 @@ def _application(
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=drain_s,
-        user_config=None if settings is None else msgspec.to_builtins(settings),
+        user_config=settings,
         ray_actor_options={
             "num_cpus": cpus,
             "num_gpus": 0,

@@ -3,6 +3,7 @@
 Ray Serve takes seconds to import: that happens at its first use, beside the caller's loop.
 """
 
+import contextlib
 import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from ray import serve
 
 MODEL_APP = "serve_apps.model:build_app"
+MODEL_SETTINGS = "serve_apps.model:settings_of"
 SPARE_APP = "serve_apps.model:build_spare"
 END_PATIENCE_S = 10.0
 RUNNING, RECOVERING, DEPLOY_FAILED = "RUNNING", "RECOVERING", "DEPLOY_FAILED"
@@ -66,15 +68,17 @@ class ServeCluster:
 
     def start(self, replica: Replica, deployment: Deployment, offer: Offer) -> None:
         """Begin to run a replica's application, or to change it in place."""
-        models_dir = Path(self._models_dir(offer))
-        app = import_builder(MODEL_APP)(
+        settings = import_builder(MODEL_SETTINGS)(
             replica,
             deployment,
             find(deployment.model),
             offer,
-            models_dir,
+            Path(self._models_dir(offer)),
             self._config.sequences,
         )
+        if replica.process:
+            _adopt(replica.app_name, settings)
+        app = import_builder(MODEL_APP)(replica, deployment, offer, settings)
         run_application(app, replica.app_name, route_prefix=None)
 
     def start_spare(self, spare: Spare, offer: Offer) -> None:
@@ -132,7 +136,16 @@ class ServeCluster:
         return offer.models_dir or str(self._config.models_dir)
 
 
-def import_builder(path: str) -> "Callable[..., serve.Application]":
+def _adopt(name: str, settings: Mapping[str, Any]) -> None:
+    """Tell a spare process its model before Serve does; if it cannot be told, Serve will."""
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    with contextlib.suppress(RayServeException):
+        serve.get_app_handle(name).options(method_name="adopt").remote(settings)
+
+
+def import_builder(path: str) -> "Callable[..., Any]":
     """The function behind ``module:function``; Serve apps are above us, so known by name only."""
     module, _, name = path.partition(":")
     builder: Callable[..., Any] = getattr(importlib.import_module(module), name)

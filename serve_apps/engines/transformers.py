@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import importlib
+import mmap
 import queue
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -14,7 +15,8 @@ from serve_apps.engines.base import EngineSettings, LoadedEngine, chunk
 from serve_apps.engines.detokenizer import Detokenizer
 
 PAGE_TOKENS = 32
-BATCH_TOKENS = 1024
+# Attention reads a dense mask, batch times cache: on CPUs small batches are faster and need less.
+BATCH_TOKENS = {"cpu": 256, "cuda": 1024}
 MIB = 1024 * 1024
 STOP_TIMEOUT_S = 10
 IMPORTED = [
@@ -69,7 +71,7 @@ def _load(settings: EngineSettings) -> "TransformersEngine":
         continuous_batching_config=ContinuousBatchingConfig(
             page_size=PAGE_TOKENS,
             num_blocks=pages,
-            max_batch_tokens=BATCH_TOKENS,
+            max_batch_tokens=max(BATCH_TOKENS[device], settings.sequences_max),
             # One tenant must not learn from timing what another has asked.
             allow_block_sharing=False,
             use_async_batching=False,
@@ -78,8 +80,36 @@ def _load(settings: EngineSettings) -> "TransformersEngine":
     )
     # It counts only processors it converted itself; ours needs its (empty) row of arguments too.
     manager.logit_processor.tensors_required = 1
+    if device == "cpu":
+        _zero_lazily(manager)
     manager.start()
     return TransformersEngine(manager, tokenizer, sampler, eos_ids, pages * PAGE_TOKENS)
+
+
+def _zero_lazily(manager: Any) -> None:
+    """Let the system zero the pages of the KV cache when they are first used.
+
+    ``torch.zeros`` writes all of it before the first answer, and an idle replica would keep it.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class LazyZeros(TorchFunctionMode):  # type: ignore[misc]
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            kwargs = kwargs or {}  # torch gives none as None
+            if func is torch.zeros and kwargs.get("dtype") is torch.uint8 and args[0] >= MIB:
+                return torch.frombuffer(mmap.mmap(-1, args[0]), dtype=torch.uint8)
+            return func(*args, **kwargs)
+
+    create = manager._create_batch_processor
+
+    def create_lazily() -> Any:
+        with LazyZeros():
+            return create()
+
+    manager._create_batch_processor = create_lazily
 
 
 def _cache_pages(config: Any, settings: EngineSettings) -> int:

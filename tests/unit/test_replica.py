@@ -80,6 +80,16 @@ async def test_spare_loads_when_it_is_told_what(replica, engines):
     assert len(engines) == 1
 
 
+async def test_spare_may_be_told_before_serve_does_and_never_against_it(replica, engines):
+    spare = await replica()
+    await spare.adopt(msgspec.to_builtins(SETTINGS))
+    await spare.reconfigure(msgspec.to_builtins(SETTINGS))
+    await spare.reconfigure(msgspec.to_builtins(ASLEEP))
+    await spare.adopt(msgspec.to_builtins(SETTINGS))
+    assert len(engines) == 1
+    assert engines[0].asleep
+
+
 async def test_sleeps_when_the_last_answer_has_ended_and_wakes_in_place(replica, engines):
     own = await replica(settings=SETTINGS)
     await own._warming
