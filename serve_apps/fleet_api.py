@@ -44,6 +44,7 @@ AUTO_FIELDS = frozenset(
 )
 # The first token is wanted within this time, unless somebody says otherwise.
 TTFT_S = 2.0
+Ttft = Annotated[float, Field(gt=0, le=600)]
 ENGINE_ON_GPU, ENGINE_ON_CPU = "vllm", "transformers"
 
 
@@ -89,7 +90,7 @@ class NewDeployment(NewOrder):
 
     mode: str = "tokens"
     spill_budget: str | None = None
-    ttft_s: Annotated[float, Field(gt=0, le=600)] | None = None
+    ttft_s: Ttft | None = None
     cheap: str | None = None
     strong: str | None = None
     cost_target: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -139,6 +140,14 @@ class Renewal(Strict):
     """Body of ``POST /leases/{id}/renew``."""
 
     term: str
+
+
+class LeaseChange(Strict):
+    """Body of ``PATCH /leases/{id}``: what is left out stays; no ``spill_budget`` is any."""
+
+    spill_budget: str | None = None
+    ttft_s: Ttft | None = None
+    resale: bool = False
 
 
 # -- supply ----------------------------------------------------------------------------------
@@ -282,6 +291,24 @@ async def renew(lease_id: str, body: Renewal, services: With, caller: Caller) ->
     return lease_row(lease)
 
 
+@router.patch("/leases/{lease_id}")
+async def change_lease(
+    lease_id: str, body: LeaseChange, services: With, caller: Caller
+) -> dict[str, Any]:
+    """Sell its idle time or not; change how a hybrid spills, from the next request on."""
+    asked = body.model_fields_set
+    policy: dict[str, Any] = {}
+    if "spill_budget" in asked:
+        policy["spill_pico"] = _limit(body.spill_budget, "spill_budget")
+    if "ttft_s" in asked:
+        policy["ttft_s"] = body.ttft_s or TTFT_S
+    resale = body.resale if "resale" in asked else None
+    changed = await services.scheduler.change_lease(lease_id, resale, policy, _holder(caller))
+    deployments = [deployment for deployment, _ in await services.scheduler.deployments()]
+    policies = [d.policy for d in deployments if d.lease_id == lease_id]
+    return lease_row(changed) | {"policy": _policy_row(next(iter(policies), None))}
+
+
 @router.post("/leases/{lease_id}/release")
 async def release(lease_id: str, services: With, caller: Caller) -> dict[str, Any]:
     """End a lease now: nothing more is charged."""
@@ -321,7 +348,7 @@ def _bounds(body: NewDeployment) -> Bounds:
     return Bounds(
         minimum,
         maximum,
-        None if body.max_spend is None else pricing.parse_money(body.max_spend, "max_spend"),
+        _limit(body.max_spend, "max_spend"),
         None if body.keep_alive is None else float(parse_term(body.keep_alive, "keep_alive")),
     )
 
@@ -342,16 +369,25 @@ def _policy(body: NewDeployment) -> LanePolicy | None:
             raise InvalidRequest(f"{name} is for mode {' and '.join(allowed)} only", param=name)
     if body.mode not in (Mode.HYBRID, Mode.AUTO):
         return None
-    budget = body.spill_budget
     given: dict[str, Any] = {
         "ttft_s": body.ttft_s or TTFT_S,
-        "spill_pico": None if budget is None else pricing.parse_money(budget, "spill_budget"),
+        "spill_pico": _limit(body.spill_budget, "spill_budget"),
         "cheap": body.cheap or "",
         "strong": body.strong or "",
     }
     if body.cost_target is not None:
         given["cost_target"] = body.cost_target
     return LanePolicy(**given)
+
+
+def _limit(text: str | None, what: str) -> int | None:
+    """An amount that is a limit; None for none. Raises InvalidRequest."""
+    if text is None:
+        return None
+    pico = pricing.parse_money(text, what)
+    if pico < 0:
+        raise InvalidRequest(f"{what}: a limit cannot be negative, got {text}", param=what)
+    return pico
 
 
 def _for_tenant(body: NewOrder, caller: Principal) -> str:
@@ -370,7 +406,6 @@ def _order(body: NewOrder, services: Services, caller: Principal) -> Order:
     now = services.clock.now()
     tenant_id = _for_tenant(body, caller)
     count, milli = parse_gpus(body.gpus)
-    price = None if body.max_price is None else pricing.parse_money(body.max_price, "max_price")
     model = catalog.find(body.model)
     small = model.runs_on_cpu or model.embeds
     return Order(
@@ -386,7 +421,7 @@ def _order(body: NewOrder, services: Services, caller: Principal) -> Order:
         created_at=now,
         gpu_type=body.gpu_type,
         gpu_memory_mib=None if body.gpu_memory_gib is None else body.gpu_memory_gib * 1024,
-        max_price_pico=price,
+        max_price_pico=_limit(body.max_price, "max_price"),
         region=body.region,
         provider_id=body.provider_id,
         resale=body.resale,

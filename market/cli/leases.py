@@ -59,6 +59,39 @@ def renew(
     _show(output, request("POST", f"/leases/{lease}/renew", json={"term": term}))
 
 
+@app.command("set", epilog="Example: market leases set lease-261101120000-1 --spill-budget 10")
+def change(
+    lease: Lease,
+    spill_budget: Annotated[
+        str | None, typer.Option(help="Hybrid: most that spills cost a day; none for any.")
+    ] = None,
+    ttft: Annotated[
+        float | None, typer.Option(help="Hybrid: spill if the first token would take longer (s).")
+    ] = None,
+    resale: Annotated[
+        bool | None, typer.Option(help="Sell its idle time by the token, or do no longer.")
+    ] = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Change how a hybrid spills, and whether idle time is sold; what is left out stays."""
+    from market.cli.api import request
+    from market.errors import InvalidRequest
+
+    asked = {"spill_budget": spill_budget, "ttft_s": ttft, "resale": resale}
+    body: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    if spill_budget == "none":
+        body["spill_budget"] = None
+    if not body:
+        raise InvalidRequest("nothing to change; see: market leases set --help")
+    changed = request("PATCH", f"/leases/{lease}", json=body)
+    if changed["policy"] is not None:
+        budget = changed["policy"]["spill_budget"]
+        most = "without a budget" if budget is None else f"for at most {budget} a day"
+        note(f"spills {most}, beyond {changed['policy']['ttft_s']:g} s to the first token")
+    note(f"idle time is {'sold by the token' if changed['resale'] else 'not sold'}")
+    _show(output, changed)
+
+
 @app.command(epilog="Example: market leases release lease-261101120000-1 --yes")
 def release(
     lease: Lease,

@@ -1,8 +1,10 @@
 """Demand: orders become leases; renewals, moves, releases."""
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from typing import Any
 
 from market import catalog, crash, leases, matching, placement, pricing
 from market.calendar import Oversubscribed
@@ -16,6 +18,7 @@ from market.types import (
     Bounds,
     Deployment,
     Lease,
+    LeaseState,
     Mode,
     Order,
     OrderState,
@@ -129,6 +132,29 @@ class Orders:
             renewed = leases.step(replace(lease, end=end), Event.RENEW, now, f"renewed until {end}")
             await core.store.save([replace(renewed, noticed_at=None)])
             crash.reach("lease-renewed")
+            return core.state.leases[lease_id]
+
+    async def change(self, lease_id: str, resale: bool | None, policy: Mapping[str, Any]) -> Lease:
+        """Sell a lease's idle time or not, and change these fields of a hybrid's policy.
+
+        Raises NotFound, Conflict if it is over, InvalidRequest for the policy of what is no hybrid.
+        """
+        core = self._core
+        async with core.lock:
+            lease = self._lease(lease_id)
+            if lease.state is LeaseState.CLOSED:
+                raise Conflict(f"lease {lease_id} is over")
+            changed: list[Lease | Deployment] = []
+            if policy:
+                deployment = core.state.deployments[lease_id]
+                if deployment.policy is None:
+                    raise InvalidRequest(
+                        f"lease {lease_id} is no hybrid: it has no spill budget and no ttft"
+                    )
+                changed.append(replace(deployment, policy=replace(deployment.policy, **policy)))
+            if resale is not None:
+                changed.append(replace(lease, resale=resale))
+            await core.store.save(changed)
             return core.state.leases[lease_id]
 
     async def close(self, lease_id: str, event: Event, sight: Sight, reason: str) -> Lease:

@@ -7,7 +7,7 @@ Thin: ``orders`` and ``pools`` grant GPUs, ``rules`` deal requests, ``nodes`` kn
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -221,6 +221,17 @@ class Scheduler:
         if term_s <= 0:
             raise InvalidRequest("term: how much longer, e.g. 7d", param="term")
         return await self._orders.renew(lease_id, timedelta(seconds=term_s))
+
+    async def change_lease(
+        self,
+        lease_id: str,
+        resale: bool | None,
+        policy: Mapping[str, Any],
+        tenant_id: str | None = None,
+    ) -> Lease:
+        """Sell a lease's idle time or not, and fields of a hybrid's policy. See Orders.change."""
+        await self.lease(lease_id, tenant_id)
+        return await self._orders.change(lease_id, resale, policy)
 
     async def release(self, lease_id: str, tenant_id: str | None = None) -> Lease:
         """End a lease now: nothing more is charged. Raises NotFound."""

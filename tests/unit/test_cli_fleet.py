@@ -487,8 +487,44 @@ class TestLeases:
             words in row for words in (name, "farm gpu 0 x0.5", "active", "2.1 USD/GPU-hour")
         )
 
+    def test_terms_may_be_changed_and_what_is_left_out_stays(self, market, run):
+        run("deploy", "tiny-qwen")
+        hybrid = (*LEASE, "--mode", "hybrid", "--spill-budget", "5", "--ttft", "1.5")
+        name = run(*hybrid, *JSON).json["lease"]["lease_id"]
+
+        def policy():
+            return next(d for d in run("deployments", *JSON).json if d["lease_id"] == name)[
+                "policy"
+            ]
+
+        told = run("leases", "set", name, "--spill-budget", "0.5").err
+        assert "spills for at most 0.5 a day, beyond 1.5 s to the first token" in told
+        assert (policy()["spill_budget"], policy()["ttft_s"]) == ("0.5", 1.5)
+        changed = run("leases", "set", name, "--spill-budget", "none", "--resale", *JSON).json
+        assert (changed["policy"]["spill_budget"], changed["resale"]) == (None, True)
+        assert policy() == changed["policy"]
+        (rule,) = market.do(market.scheduler.routes()).rules
+        assert (rule.policy.spill_pico, rule.policy.ttft_s) == (None, 1.5)
+        assert run("leases", "set", name, "--no-resale", *JSON).json["resale"] is False
+        assert "nothing to change" in run("leases", "set", name, code=1).err
+        assert "spill_budget" in run("leases", "set", name, "--spill-budget", "-1", code=1).err
+        run("leases", "release", name, "--yes")
+        assert "is over" in run("leases", "set", name, "--resale", code=1).err
+
+    def test_plain_lease_has_no_policy_to_change(self, market, run, lease):
+        name = lease["lease_id"]
+        assert "is no hybrid" in run("leases", "set", name, "--ttft", "1", "--resale", code=1).err
+        assert run("leases", "show", name, *JSON).json["resale"] is False
+        run("leases", "set", name, "--resale")
+        assert run("leases", "show", name, *JSON).json["resale"] is True
+
     def test_unknown_lease(self, market, run):
-        for command in (("show",), ("release", "--yes"), ("renew", "--term", "1d")):
+        for command in (
+            ("show",),
+            ("release", "--yes"),
+            ("renew", "--term", "1d"),
+            ("set", "--resale"),
+        ):
             assert "no lease 'lease-0'" in run("leases", *command, "lease-0", code=1).err
         assert "no leases; try" in run("leases", "ls").out
 
