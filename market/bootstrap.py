@@ -120,7 +120,7 @@ def down(config: Config, report: Report) -> bool:
             stop_service(SCHEDULER)
             with contextlib.suppress(Exception):  # a broken Serve must not keep us from sealing
                 serve.delete(GATEWAY)
-            report("sealing the ledger")
+            report("sealing the ledger")  # which may take its time: it is all that is owed
             asyncio.run(ledger_client().close())
             stop_service(LEDGER)
             with contextlib.suppress(MarketError, TimeoutError):

@@ -345,8 +345,8 @@ class Rule:
 class RouteTable:
     """Routes that can be used, one per replica, deployments without one, and rules of tenants.
 
-    ``lent`` are leases' replicas that serve pools as well. ``early`` are those that start for pools
-    which have none: they may be used as soon as they say themselves that they are awake. Processes
+    ``lent`` are leases' replicas that serve pools as well. ``early`` are those of pools that start
+    in a process which is there: they may be used as soon as they say that they are awake. Processes
     on ``standby`` (applications) may have to start next. So many ``gateways`` use them.
     """
 

@@ -53,6 +53,7 @@ CONNECT_TIMEOUT_S = 5.0
 # How long to look for a replica that is not there: a lost one is started again meanwhile.
 REPLICA_TIMEOUT_S = 120.0
 CLOSE_POLL_S = 0.5
+ASLEEP = State(False, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class LinkServer:
         self._generate = generate
         self._server: asyncio.Server | None = None
         self._peers: set[_Peer] = set()
-        self._state = State(False, 0)
+        self._state = ASLEEP
         self.secret = secrets.token_urlsafe(32)
         self.port = 0
 
@@ -96,6 +97,7 @@ class LinkServer:
 
     async def stop(self, patience_s: float) -> None:
         """Take no new streams; end those that are still under way after ``patience_s``."""
+        self.tell(ASLEEP)
         if self._server is not None:
             self._server.close()
         tasks = []
@@ -138,7 +140,7 @@ class _Peer:
         self._writer = writer
         self._credits: dict[int, Credit] = {}
         self._waiting: dict[int, list[EngineChunk]] = {}
-        self._other: list[News] = []
+        self._told: list[News] = []  # what is no chunk: ends of streams, the replica's state
         self._under_way = 0
         self._news = asyncio.Event()
         self._sender = asyncio.create_task(self._send())
@@ -151,7 +153,7 @@ class _Peer:
             case Open(stream, request, tokens, final):
                 if self.closing:
                     leaving = Overloaded("this replica is going down", retry_after_s=1)
-                    self._other.append(Piece(stream, None, failure_of(leaving)))
+                    self._told.append(Piece(stream, None, failure_of(leaving)))
                     self._news.set()
                     return
                 credit = self._credits[stream] = Credit(tokens, final)
@@ -170,7 +172,7 @@ class _Peer:
 
     def tell(self, state: State) -> None:
         """What the replica says of itself."""
-        self._other.append(state)
+        self._told.append(state)
         self._news.set()
 
     async def close(self) -> None:
@@ -202,7 +204,7 @@ class _Peer:
                 EngineFailed(f"the engine failed: {type(error).__name__}: {error}")
             )
         self._pass_on(stream, held)
-        self._other.append(Piece(stream, None, failure))
+        self._told.append(Piece(stream, None, failure))
 
     def _pass_on(self, stream: int, held: list[EngineChunk]) -> None:
         if held:
@@ -221,12 +223,12 @@ class _Peer:
             while True:
                 await self._news.wait()
                 self._news.clear()
-                if self._under_way >= WINDOW or not (self._waiting or self._other):
+                if self._under_way >= WINDOW or not (self._waiting or self._told):
                     continue
                 news: list[News] = [Piece(n, merge(new)) for n, new in self._waiting.items()]
-                news += self._other
+                news += self._told
                 self._waiting.clear()
-                self._other.clear()
+                self._told.clear()
                 self._under_way += 1
                 write_frame(self._writer, encode(news))
                 await self._writer.drain()
@@ -243,7 +245,7 @@ class Link:
         """``address`` finds the replica, however long that takes; it says when it is awake."""
         self._address = address
         self._on_state = on_state
-        self._state = State(False, 0)
+        self._state = ASLEEP
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
         self._connecting: asyncio.Task[asyncio.StreamWriter] | None = None
@@ -260,6 +262,10 @@ class Link:
     def awake(self) -> bool:
         """Whether its engine answers at once."""
         return self._state.awake
+
+    def doubt(self) -> None:
+        """It counts as awake only when it says so once more."""
+        self._state = ASLEEP
 
     @property
     def streams(self) -> int:
@@ -367,7 +373,7 @@ class Link:
             logger.info("link lost: %r", error)
         finally:
             self._writer = None
-            self._state = State(False, 0)
+            self._state = ASLEEP
             writer.close()
             lost = failure_of(EngineFailed("the replica is gone"))
             for stream in self._streams.values():

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
@@ -50,6 +50,7 @@ COLD_MAX = 256
 COLD_MAX_PER_TENANT = 64
 COLD_WAIT_S = 600.0
 COLD_REFRESH_S = 0.1
+PRELOAD_AGAIN_S = 60.0
 COLD_RETRY_S = 10.0
 # A lease whose holder has just used it is not borrowed again for so long.
 WANTED_BACK_S = 3.0
@@ -113,10 +114,12 @@ class LiveRoutes:
         self._rules: dict[str, list[Rule]] = {}
         self._cards = cards
         self._engines: dict[str, Link] = {}
+        self._serving: set[str] = set()
+        self._looking: set[str] = set()
         self._leaving: list[tuple[str, Link]] = []
         self._prompters: dict[str, Prompter] = {}
         self._preloaded: set[str] = set()
-        self._loading = asyncio.Lock()
+        self._loading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._background: set[asyncio.Task[None]] = set()
         self._refreshing: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
@@ -151,17 +154,21 @@ class LiveRoutes:
     async def _refresh(self) -> None:
         """Routes whose application Serve does not know are not ready."""
         table = await self._exchange()
-        engines: dict[str, Link] = {}
-        routes = *table.ready, *table.early
-        for app in {*(route.app_name for route in routes), *table.standby}:
-            known = self._engines.get(app)
+        serving = {route.app_name for route in table.ready}
+        for app in serving - self._engines.keys():
             try:
-                engines[app] = known or replica_link(
-                    await asyncio.to_thread(self._handle_of, app),  # asks Serve's controller
-                    self._awoken,
-                )
+                await self._find_replica(app)
             except RayServeException:
                 logger.info("application %s is not there yet", app)
+        ahead = {*(route.app_name for route in table.early), *table.standby} - serving
+        for app in ahead - self._engines.keys() - self._looking:
+            self._looking.add(app)
+            self._spawn(self._look_ahead(app))
+        engines = {app: link for app, link in self._engines.items() if app in serving | ahead}
+        for app in ahead & self._serving:  # it was withdrawn: what it said before counts no more
+            if app in engines:
+                engines[app].doubt()
+        self._serving = serving
         for app, link in self._engines.items():
             if app not in engines:
                 self._spawn(self._leave(app, link))
@@ -175,7 +182,6 @@ class LiveRoutes:
         self._table = replace(
             table,
             ready=tuple(route for route in table.ready if route.app_name in engines),
-            early=tuple(route for route in table.early if route.app_name in engines),
             starting=(
                 *table.starting,
                 *(NotReady(r.model, r.deployment_id, r.tenant_id, "starting") for r in gone),
@@ -185,18 +191,36 @@ class LiveRoutes:
         self._rules = {}
         for rule in table.rules:
             self._rules.setdefault(rule.tenant_id, []).append(rule)
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self._tell_waiters()
+
+    async def _find_replica(self, app: str) -> None:
+        """Raises RayServeException if Serve does not know the application."""
+        handle = await asyncio.to_thread(self._handle_of, app)  # asks Serve's controller
+        if app not in self._engines:
+            self._engines[app] = replica_link(handle, self._awoken)
+
+    async def _look_ahead(self, app: str) -> None:
+        """For who may serve soon: nobody waits for it."""
+        try:
+            await self._find_replica(app)
+        except RayServeException:
+            logger.info("application %s is not there yet", app)
+        finally:
+            self._looking.discard(app)
 
     def _awoken(self) -> None:
         """A replica may have said that it is awake: it need not wait for the next table."""
         table = self._table
-        awake = [route for route in table.early if self._engines[route.app_name].awake]
+        links = [(route, self._engines.get(route.app_name)) for route in table.early]
+        awake = [route for route, link in links if link is not None and link.awake]
         if awake:
             early = tuple(route for route in table.early if route not in awake)
             self._table = replace(table, ready=(*table.ready, *awake), early=early)
-            self._changed.set()
-            self._changed = asyncio.Event()
+            self._tell_waiters()
+
+    def _tell_waiters(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     async def refresh_forever(self) -> None:
         """Keep the table fresh; the last known one serves on while the scheduler is away.
@@ -439,7 +463,7 @@ class LiveRoutes:
     async def _prompter(self, model: str) -> Prompter:
         prompter = self._prompters.get(model)
         if prompter is None:
-            async with self._loading:
+            async with self._loading[model]:
                 prompter = self._prompters.get(model)
                 if prompter is None:
                     prompter = await asyncio.to_thread(self._load, model)
@@ -457,6 +481,8 @@ class LiveRoutes:
             await self._prompter(model)
         except MarketError as error:
             logger.warning("no tokenizer for %s yet: %s", model, error)
+            await asyncio.sleep(PRELOAD_AGAIN_S)
+            self._preloaded.discard(model)
 
     async def _leave(self, app: str, link: Link) -> None:
         """A replica that drains: its streams go on, and are counted until they end."""

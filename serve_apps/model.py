@@ -2,7 +2,8 @@
 
 Its settings are Serve's ``user_config``: what changes them in place (a spare process that is given
 its model, a replica that falls asleep or wakes) needs no new process, and a process that Serve
-starts in the place of a dead one has them at once.
+starts in the place of a dead one has them at once. Only a spare process is told by the scheduler,
+too (``adopt``): Serve takes its time. Gateways hear from the replica itself whether it is awake.
 """
 
 import asyncio
@@ -52,7 +53,7 @@ from serve_apps.engines.base import (
 )
 from serve_apps.frames import State
 from serve_apps.lending import Lending
-from serve_apps.link import Address, LinkServer
+from serve_apps.link import ASLEEP, Address, LinkServer
 
 logger = logging.getLogger(__name__)
 
@@ -132,9 +133,18 @@ class ModelReplica:
                 await self._sleep_or_wake(self._engine, wanted.asleep)
 
     async def adopt(self, settings: dict[str, Any]) -> None:
-        """Begin what Serve will ask in a quarter of a second. What it has said itself counts."""
-        if self._settings is None:
-            await self.reconfigure(settings)
+        """Begin what Serve will ask in a quarter of a second. What it has said itself counts.
+
+        Serve waits for calls when it stops a replica, so this one does not wait for the load.
+        """
+        self._adopting = asyncio.create_task(self._adopt(settings))
+
+    async def _adopt(self, settings: dict[str, Any]) -> None:
+        try:
+            if self._settings is None:
+                await self.reconfigure(settings)
+        except Exception as error:  # noqa: BLE001  # Serve asks the same, and tells
+            logger.warning("not loaded before Serve asked: %s", error)
 
     async def _load(self, settings: ReplicaSettings) -> LoadedEngine:
         entry = find(settings.model)
@@ -165,7 +175,7 @@ class ModelReplica:
             self._wake_up(engine)
             return
         self._awake.clear()
-        self._link.tell(State(False, 0))
+        self._link.tell(ASLEEP)
         await self._warming
         while self._link.streams:  # gateways send nothing more; what they have sent is answered
             await asyncio.sleep(STREAMS_POLL_S)
@@ -247,8 +257,13 @@ class ModelReplica:
 
     async def check_health(self) -> None:
         """Raises EngineFailed if the engine cannot serve; Serve then replaces this replica."""
-        if self._engine is not None:
+        if self._engine is None:
+            return
+        try:
             await self._engine.check_health()
+        except MarketError:
+            self._link.tell(ASLEEP)  # before Serve has made up its mind
+            raise
 
     async def __del__(self) -> None:
         """Let answers end, then the engine's processes: Serve does not know of our streams."""

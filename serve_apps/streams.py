@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any
@@ -93,7 +94,7 @@ class EventStream(Response):
         if "content-length" in self.headers:
             del self.headers["content-length"]
         self.events = events
-        self._said = self._saying = False
+        self._said_s = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the end or until the client is gone."""
@@ -116,11 +117,14 @@ class EventStream(Response):
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _comment(self, send: Send) -> None:
+        self._said_s = time.monotonic()
         while True:
-            await asyncio.sleep(COMMENT_S)
-            if not self._said and not self._saying:
-                await send({"type": "http.response.body", "body": COMMENT, "more_body": True})
-            self._said = False
+            quiet_s = time.monotonic() - self._said_s
+            if quiet_s < COMMENT_S:
+                await asyncio.sleep(COMMENT_S - quiet_s)
+                continue
+            self._said_s = time.monotonic()
+            await send({"type": "http.response.body", "body": COMMENT, "more_body": True})
 
     async def _send(self, send: Send) -> None:
         async with aclosing(self.events) as events:
@@ -134,9 +138,8 @@ class EventStream(Response):
             async for piece in events:
                 if piece:
                     more = not piece.endswith(DONE)  # nothing follows that: one write less
-                    self._said = self._saying = True
+                    self._said_s = time.monotonic()
                     await send({"type": "http.response.body", "body": piece, "more_body": more})
-                    self._saying = False
                 if not more:
                     return
             await send({"type": "http.response.body", "body": b"", "more_body": False})

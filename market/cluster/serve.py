@@ -23,6 +23,7 @@ from market.types import (
     Deployment,
     Offer,
     Replica,
+    ReplicaState,
     Spare,
     StoredModel,
     app_name,
@@ -76,7 +77,7 @@ class ServeCluster:
             Path(self._models_dir(offer)),
             self._config.sequences,
         )
-        if replica.process:
+        if replica.process and replica.state is ReplicaState.STARTING:
             _adopt(replica.app_name, settings)
         app = import_builder(MODEL_APP)(replica, deployment, offer, settings)
         run_application(app, replica.app_name, route_prefix=None)

@@ -150,7 +150,7 @@ class Elastic:
             Busy(
                 r.replica_id,
                 self._shares.streams(r.app_name),
-                r.state is ReplicaState.READY,
+                _may_serve(r),
                 r.created_at.timestamp(),
             )
             for r in present
@@ -179,9 +179,8 @@ class Elastic:
         changed = []
         for name in names:
             replica = state.replicas[name]
-            # What does not serve yet has nothing to end.
-            serves = replica.state is ReplicaState.READY
-            to = ReplicaState.DRAINING if serves else ReplicaState.STOPPING
+            # What cannot serve yet has nothing to end.
+            to = ReplicaState.DRAINING if _may_serve(replica) else ReplicaState.STOPPING
             changed.append(replace(replica, state=to, reason=reason))
             self._draining_since_s[name] = now_s
         await self._core.store.save(changed)
@@ -314,3 +313,8 @@ class Elastic:
 def _kept(since_s: dict[str, float], replicas: list[Replica], now_s: float) -> dict[str, float]:
     """Since when each of these is in its state; now, if that is news."""
     return {r.replica_id: since_s.get(r.replica_id, now_s) for r in replicas}
+
+
+def _may_serve(replica: Replica) -> bool:
+    """Gateways know sooner than we that one in a process which was there before is awake."""
+    return replica.state is ReplicaState.READY or bool(replica.process)

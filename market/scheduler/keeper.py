@@ -27,6 +27,7 @@ from market.scheduler.pools import Pools
 from market.scheduler.reconcile import Seen
 from market.scheduler.spares import Spares
 from market.types import (
+    AppStatus,
     ClusterView,
     Lease,
     LeaseState,
@@ -148,7 +149,7 @@ class Keeper:
         """Applications of processes that could be given a model at once."""
         apps = {} if self._view is None else self._view.apps
         names = [app_name(spare.process) for spare in self._core.spares.values()]
-        return [name for name in names if name in apps and apps[name].run is not None]
+        return [name for name in names if name in apps and _is_there(apps[name])]
 
     def standby(self) -> tuple[str, ...]:
         """Applications of processes that could serve next: spare ones, and those that sleep."""
@@ -191,7 +192,7 @@ class Keeper:
     async def _lease(self, lease: Lease, view: ClusterView, now: datetime) -> None:
         if lease.floating and not lease.gpu_indices and lease.start <= now < lease.end:
             lease = await self._orders.bind(lease)
-        if lease.state is LeaseState.ACTIVE and now < lease.end and self._is_unsure(lease, view):
+        if now < rules.stops_at(lease) and self._is_unsure(lease, view):
             return  # what was between is decided when Serve knows
         sight = self.sight(lease, view)
         failed = [
@@ -212,7 +213,9 @@ class Keeper:
             await self._stop_replicas(lease, "its term is over")
 
     def _is_unsure(self, lease: Lease, view: ClusterView) -> bool:
-        apps = [view.apps.get(r.app_name) for r in self._core.replicas_of(lease.lease_id)]
+        """Whether its replica served, and Serve has not found out yet whether it still does."""
+        serving = [r for r in self._core.replicas_of(lease.lease_id) if r.state in SERVING]
+        apps = [view.apps.get(replica.app_name) for replica in serving]
         return any(app is not None and app.run is None and app.unsure for app in apps)
 
     async def _stop_replicas(self, lease: Lease, reason: str) -> None:
@@ -365,6 +368,7 @@ class Keeper:
                 given = self._spares.give(known, view)
                 if given is not None:
                     await self._core.store.save([given])
+                    del self._core.spares[given.process]
                 elif self._spares.is_coming(known, view):
                     return False
             case reconcile.Forget(replica_id):
@@ -425,3 +429,7 @@ class Keeper:
             else:
                 logger.exception("%s failed; the next round tries again", what)
             return None
+
+
+def _is_there(app: AppStatus) -> bool:
+    return app.run is not None or app.unsure

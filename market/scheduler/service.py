@@ -349,12 +349,13 @@ class Scheduler:
                         wakes=deployment.bounds.minimum == 0 and state in WAKING,
                     )
                 )
-                if lease is None and deployment.model in known:
-                    early.extend(
-                        self._route(deployment, replica)
-                        for replica in replicas
-                        if replica.state is ReplicaState.STARTING
-                    )
+            if lease is None and deployment.model in known:
+                early.extend(
+                    self._route(deployment, replica)
+                    for replica in replicas
+                    # Others have no process yet that could say anything.
+                    if replica.state is ReplicaState.STARTING and replica.process
+                )
         return RouteTable(
             tuple(ready),
             tuple(starting),

@@ -73,11 +73,10 @@ class Spares:
         return fresh
 
     def give(self, replica: Replica, view: ClusterView) -> Replica | None:
-        """The replica in a spare process of its node, if one is ready; that is a spare no more."""
+        """The replica in a spare process of its node, if one is ready."""
         for spare in self._fitting(replica):
             app = view.apps.get(app_name(spare.process))
             if app is not None and app.run is not None:
-                del self._core.spares[spare.process]
                 return replace(replica, process=spare.process)
         return None
 

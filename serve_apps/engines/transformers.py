@@ -99,8 +99,10 @@ def _zero_lazily(manager: Any) -> None:
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
             kwargs = kwargs or {}  # torch gives none as None
-            if func is torch.zeros and kwargs.get("dtype") is torch.uint8 and args[0] >= MIB:
-                return torch.frombuffer(mmap.mmap(-1, args[0]), dtype=torch.uint8)
+            size = args[0] if args and isinstance(args[0], int) else 0
+            if func is torch.zeros and kwargs.get("dtype") is torch.uint8 and size >= MIB:
+                private = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                return torch.frombuffer(private, dtype=torch.uint8)
             return func(*args, **kwargs)
 
     create = manager._create_batch_processor

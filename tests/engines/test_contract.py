@@ -1,6 +1,8 @@
 """One suite for every engine: the fake, transformers and vLLM, the latter two for real."""
 
 import asyncio
+import ctypes
+import mmap
 import re
 from contextlib import aclosing
 
@@ -318,3 +320,15 @@ async def test_transformers_refuses_what_it_cannot(start, asked, named):
     with pytest.raises(InvalidRequest, match=named) as caught:
         await run(engine, msgspec.structs.replace(ask(1), **asked))
     assert caught.value.param == named
+
+
+async def test_cache_of_transformers_takes_memory_only_where_it_is_used(transformers):
+    await run(transformers, ask())
+    cache = transformers._manager.batch_processor.cache.cache_tensor
+    libc = ctypes.CDLL(None, use_errno=True)
+    pages = -(-cache.nbytes // mmap.PAGESIZE)
+    resident = (ctypes.c_ubyte * pages)()
+    address, size = ctypes.c_void_p(cache.data_ptr()), ctypes.c_size_t(cache.nbytes)
+    assert libc.mincore(address, size, resident) == 0, ctypes.get_errno()
+    used = sum(page & 1 for page in resident)
+    assert 0 < used < pages // 2

@@ -19,6 +19,7 @@ from market.types import (
     Lane,
     LeaseState,
     Loan,
+    ReplicaState,
 )
 from tests.boxes import FARM, Box, Demands, lease, pool, states
 
@@ -219,6 +220,21 @@ class TestSpares:
             await demands(1, cold={"tiny-qwen": 1})
             table = await scheduler.routes()
             assert ([r.app_name for r in table.ready], table.early) == ([spare], ())
+
+    async def test_one_that_may_serve_already_is_drained_not_ended(self, spared):
+        async with spared.opened() as scheduler:
+            demands = Demands(spared, scheduler)
+            await pool(scheduler, minimum=0, maximum=1, keep_alive_s=1)
+            await demands(3)
+            spared.cluster.instant = False
+            await demands(1, cold={"tiny-qwen": 1})
+            (replica,) = scheduler._core.state.replicas.values()
+            assert replica.state is ReplicaState.STARTING
+            await scheduler._elastic._drain([replica.replica_id], "too many")
+            (replica,) = scheduler._core.state.replicas.values()
+            assert replica.state is ReplicaState.DRAINING
+            await demands(10)
+            assert scheduler._core.state.replicas == {}
 
     async def test_process_that_died_is_started_with_the_model(self, spared):
         """Serve starts it anew with its settings; where the application is gone we do."""

@@ -81,6 +81,10 @@ async def until(condition):
             await asyncio.sleep(0.005)
 
 
+def link_of(routes):
+    return routes._engines.get(ROUTE.app_name) or SimpleNamespace(connected=False, awake=False)
+
+
 async def told(routes, **changes):
     routes.told = replace(routes.told, **changes)
     await routes.refresh()
@@ -88,7 +92,7 @@ async def told(routes, **changes):
 
 async def test_request_goes_as_soon_as_the_process_is_awake(here):
     await told(here, standby=(ROUTE.app_name,))
-    await until(lambda: here._engines[ROUTE.app_name].connected)
+    await until(lambda: link_of(here).connected)
     asking = asyncio.create_task(here.awake(ROUTE.model, ACME))
     await told(here, starting=(STARTING,), early=(ROUTE,), standby=())
     assert not asking.done()
@@ -112,15 +116,37 @@ async def test_process_that_is_lost_before_it_is_seen_ready_gets_nothing(here):
     await told(here, starting=(STARTING,), early=(ROUTE,))
     await until(lambda: here.pool(ROUTE.model, ACME, Lane.TOKENS) == ROUTE)
     await end(here.server)
-    await until(lambda: not here._engines[ROUTE.app_name].awake)
+    await until(lambda: not link_of(here).awake)
     await told(here)
     assert here.pool(ROUTE.model, ACME, Lane.TOKENS) == STARTING
+
+
+async def test_one_that_was_withdrawn_must_say_again_that_it_is_awake(here):
+    here.server.tell(State(True, 0))
+    await told(here, starting=(), ready=(ROUTE,))
+    await until(lambda: link_of(here).awake)
+    await told(here, starting=(STARTING,), ready=(), early=(ROUTE,))
+    await told(here)
+    assert here.pool(ROUTE.model, ACME, Lane.TOKENS) == STARTING
+    here.server.tell(State(True, 0))
+    await until(lambda: here.pool(ROUTE.model, ACME, Lane.TOKENS) == ROUTE)
+
+
+async def test_link_stays_while_another_replica_is_seen_ready_first(here):
+    here.server.tell(State(True, 0))
+    await told(here, early=(ROUTE,))
+    await until(lambda: here.pool(ROUTE.model, ACME, Lane.TOKENS) == ROUTE)
+    link = here._engines[ROUTE.app_name]
+    other = replace(ROUTE, app_name="model-none")
+    await told(here, starting=(), ready=(other,), early=(ROUTE,))
+    await told(here, ready=(other, ROUTE), early=())
+    assert here._engines[ROUTE.app_name] is link
 
 
 async def test_spare_process_that_is_awake_for_nobody_is_no_route(here):
     here.server.tell(State(True, 0))
     await told(here, standby=(ROUTE.app_name,))
-    await until(lambda: here._engines[ROUTE.app_name].awake)
+    await until(lambda: link_of(here).awake)
     assert here.pool(ROUTE.model, ACME, Lane.TOKENS) == COLD
 
 

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from market.credit import Credit
-from market.errors import MarketFault, Overloaded, Revoked
+from market.errors import EngineFailed, MarketFault, Overloaded, Revoked
 from market.fakes import FakeEngine
 from market.types import EngineRequest, Place, Sampling, TokenCounts
 from serve_apps import model
@@ -82,12 +82,30 @@ async def test_spare_loads_when_it_is_told_what(replica, engines):
 
 async def test_spare_may_be_told_before_serve_does_and_never_against_it(replica, engines):
     spare = await replica()
-    await spare.adopt(msgspec.to_builtins(SETTINGS))
+    await spare.adopt(msgspec.to_builtins(SETTINGS))  # it does not wait for the load
+    await asyncio.sleep(0)
+    assert spare._changing.locked()
+    assert engines == []
     await spare.reconfigure(msgspec.to_builtins(SETTINGS))
     await spare.reconfigure(msgspec.to_builtins(ASLEEP))
     await spare.adopt(msgspec.to_builtins(SETTINGS))
+    await spare._adopting
     assert len(engines) == 1
     assert engines[0].asleep
+
+
+async def test_broken_engine_is_not_awake(replica, engines):
+    own = await replica("fake", SETTINGS)
+    await own.check_health()
+    assert own._link._state.awake
+
+    async def broken():
+        raise EngineFailed("no more")
+
+    engines[0].check_health = broken
+    with pytest.raises(EngineFailed):
+        await own.check_health()
+    assert not own._link._state.awake
 
 
 async def test_sleeps_when_the_last_answer_has_ended_and_wakes_in_place(replica, engines):
