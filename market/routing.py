@@ -16,6 +16,8 @@ from market.types import Budget, Lane, LanePolicy, Period, RateCard, Route, Rule
 # A request that may need more than this part of a model's context is too long for it: what a prompt
 # has is an estimate.
 CONTEXT_USED = 0.75
+# More than any amount of money.
+UNLIMITED_PICO = 10**27
 # So many requests' difficulties are remembered, and so many make a threshold of one's own.
 REMEMBERED = 1000
 REMEMBERED_LEAST = 50
@@ -150,10 +152,13 @@ def spill_reason(lease: Load | None, ttft_s: float) -> Reason | None:
     return None
 
 
-def spill_cap(rule: Rule) -> Budget | None:
-    """What spills of a hybrid may cost a day; None: anything."""
+def spill_cap(rule: Rule) -> Budget:
+    """What spills of a hybrid may cost a day.
+
+    Without a limit they are counted, too: one may be set in the middle of a day.
+    """
     limit = rule.policy.spill_pico
-    return None if limit is None else Budget(f"spill:{rule.lease_id}", Period.DAY, limit)
+    return Budget(f"spill:{rule.lease_id}", Period.DAY, UNLIMITED_PICO if limit is None else limit)
 
 
 def spill_attrs(rule: Rule) -> tuple[tuple[str, str], ...]:

@@ -346,8 +346,9 @@ class RouteTable:
     """Routes that can be used, one per replica, deployments without one, and rules of tenants.
 
     ``lent`` are leases' replicas that serve pools as well. ``early`` are those of pools that start
-    in a process which is there: they may be used as soon as they say that they are awake. Processes
-    on ``standby`` (applications) may have to start next. So many ``gateways`` use them.
+    or wake in a process which was there before: they may be used as soon as they say that they are
+    awake. Processes on ``standby`` (applications) may have to start next. So many ``gateways`` use
+    them.
     """
 
     ready: tuple[Route, ...]

@@ -146,7 +146,7 @@ class LeaseChange(Strict):
     """Body of ``PATCH /leases/{id}``: what is left out stays; no ``spill_budget`` is any."""
 
     spill_budget: str | None = None
-    ttft_s: Ttft | None = None
+    ttft_s: Ttft = TTFT_S
     resale: bool = False
 
 
@@ -301,7 +301,7 @@ async def change_lease(
     if "spill_budget" in asked:
         policy["spill_pico"] = _limit(body.spill_budget, "spill_budget")
     if "ttft_s" in asked:
-        policy["ttft_s"] = body.ttft_s or TTFT_S
+        policy["ttft_s"] = body.ttft_s
     resale = body.resale if "resale" in asked else None
     changed = await services.scheduler.change_lease(lease_id, resale, policy, _holder(caller))
     deployments = [deployment for deployment, _ in await services.scheduler.deployments()]

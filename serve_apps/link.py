@@ -265,7 +265,7 @@ class Link:
 
     def doubt(self) -> None:
         """It counts as awake only when it says so once more."""
-        self._state = ASLEEP
+        self._state = State(False, self._state.kv_tokens)
 
     @property
     def streams(self) -> int:

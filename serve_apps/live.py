@@ -51,6 +51,8 @@ COLD_MAX_PER_TENANT = 64
 COLD_WAIT_S = 600.0
 COLD_REFRESH_S = 0.1
 PRELOAD_AGAIN_S = 60.0
+# Tokenizers that are loaded at once: the threads are for others, too.
+LOADS_MAX = 2
 COLD_RETRY_S = 10.0
 # A lease whose holder has just used it is not borrowed again for so long.
 WANTED_BACK_S = 3.0
@@ -120,6 +122,7 @@ class LiveRoutes:
         self._prompters: dict[str, Prompter] = {}
         self._preloaded: set[str] = set()
         self._loading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._loads = asyncio.Semaphore(LOADS_MAX)
         self._background: set[asyncio.Task[None]] = set()
         self._refreshing: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
@@ -466,7 +469,8 @@ class LiveRoutes:
             async with self._loading[model]:
                 prompter = self._prompters.get(model)
                 if prompter is None:
-                    prompter = await asyncio.to_thread(self._load, model)
+                    async with self._loads:
+                        prompter = await asyncio.to_thread(self._load, model)
                     self._prompters[model] = prompter
         return prompter
 

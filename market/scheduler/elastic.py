@@ -74,6 +74,10 @@ class Elastic:
         memory = self._memories.get(deployment_id)
         return "" if memory is None or memory.decision is None else memory.decision.reason
 
+    def starts_in_process(self, replica: Replica) -> bool:
+        """See Starts.in_process."""
+        return self._starts.in_process(replica)
+
     # -- one pool ------------------------------------------------------------------------------
 
     async def _scale(self, deployment: Deployment) -> None:
@@ -150,7 +154,7 @@ class Elastic:
             Busy(
                 r.replica_id,
                 self._shares.streams(r.app_name),
-                _may_serve(r),
+                self._serves(r),
                 r.created_at.timestamp(),
             )
             for r in present
@@ -179,11 +183,16 @@ class Elastic:
         changed = []
         for name in names:
             replica = state.replicas[name]
-            # What cannot serve yet has nothing to end.
-            to = ReplicaState.DRAINING if _may_serve(replica) else ReplicaState.STOPPING
+            # What does not serve yet has nothing to end.
+            to = ReplicaState.DRAINING if self._serves(replica) else ReplicaState.STOPPING
             changed.append(replace(replica, state=to, reason=reason))
             self._draining_since_s[name] = now_s
         await self._core.store.save(changed)
+
+    def _serves(self, replica: Replica) -> bool:
+        """Gateways may use one that starts before we see it ready."""
+        is_ready = replica.state is ReplicaState.READY
+        return is_ready or self._shares.streams(replica.app_name) > 0
 
     async def _end_drained(self) -> None:
         """Stop what drains, or put it to sleep, as soon as nobody uses it: a stream keeps it."""
@@ -313,8 +322,3 @@ class Elastic:
 def _kept(since_s: dict[str, float], replicas: list[Replica], now_s: float) -> dict[str, float]:
     """Since when each of these is in its state; now, if that is news."""
     return {r.replica_id: since_s.get(r.replica_id, now_s) for r in replicas}
-
-
-def _may_serve(replica: Replica) -> bool:
-    """Gateways know sooner than we that one in a process which was there before is awake."""
-    return replica.state is ReplicaState.READY or bool(replica.process)

@@ -146,7 +146,7 @@ class Keeper:
         return Sight(None, last, lost)
 
     def spares_ready(self) -> list[str]:
-        """Applications of processes that could be given a model at once."""
+        """Applications of processes that wait for a model."""
         apps = {} if self._view is None else self._view.apps
         names = [app_name(spare.process) for spare in self._core.spares.values()]
         return [name for name in names if name in apps and _is_there(apps[name])]

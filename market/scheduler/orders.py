@@ -146,7 +146,9 @@ class Orders:
                 raise Conflict(f"lease {lease_id} is over")
             changed: list[Lease | Deployment] = []
             if policy:
-                deployment = core.state.deployments[lease_id]
+                deployment = core.state.deployments.get(lease_id)
+                if deployment is None:
+                    raise Conflict(f"lease {lease_id} is about to end")
                 if deployment.policy is None:
                     raise InvalidRequest(
                         f"lease {lease_id} is no hybrid: it has no spill budget and no ttft"

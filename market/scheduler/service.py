@@ -353,8 +353,8 @@ class Scheduler:
                 early.extend(
                     self._route(deployment, replica)
                     for replica in replicas
-                    # Others have no process yet that could say anything.
-                    if replica.state is ReplicaState.STARTING and replica.process
+                    if replica.state is ReplicaState.STARTING
+                    and self._elastic.starts_in_process(replica)
                 )
         return RouteTable(
             tuple(ready),

@@ -31,6 +31,11 @@ class Starts:
         """It begins to wake now."""
         self._starting[replica.replica_id] = self._core.clock.monotonic(), StartFrom.ASLEEP
 
+    def in_process(self, replica: Replica) -> bool:
+        """Whether it starts in a process that was there: a spare one, or its own that slept."""
+        _, begun = self._starting.get(replica.replica_id, (0.0, self._begun_from(replica)))
+        return begun in (StartFrom.SPARE, StartFrom.ASLEEP)
+
     def costs(self, deployment: Deployment, present: list[Replica]) -> Costs:
         """What a replica costs an hour, to start and to wake: of those ``present``, or of one where
         it would go.

@@ -393,6 +393,18 @@ class TestCaps:
         other = await ledger.open_hold(hold_request("e", epoch=epoch, wanted_pico=CHARGE))
         assert other.status is HoldStatus.GRANTED
 
+    async def test_limit_that_is_set_later_counts_what_was_spent_without_one(self, ledger):
+        epoch = await ledger.register_producer("gw0")
+        free = replace(self.SPILLED, limit_pico=10**27)
+        hold = hold_request("a", epoch=epoch, cap=free, lane=Lane.SPILL, wanted_pico=2 * CHARGE)
+        await ledger.open_hold(hold)
+        rows = [record(hold, request_id="r1"), record(hold, request_id="r2")]
+        await ledger.append("gw0", epoch, 0, encode_batch(rows))
+        await ledger.end_hold("gw0", epoch, "a")
+        asked = hold_request("b", epoch=epoch, cap=self.SPILLED, lane=Lane.SPILL, minimum_pico=1)
+        granted = await ledger.open_hold(replace(asked, wanted_pico=9 * CHARGE))
+        assert granted.hold.amount_pico == CHARGE
+
     async def test_what_was_spent_counts_over_restarts_until_the_day_is_over(self, config, clock):
         async with opened(config, clock) as ledger:
             await fill(ledger)

@@ -221,13 +221,16 @@ class TestSpares:
             table = await scheduler.routes()
             assert ([r.app_name for r in table.ready], table.early) == ([spare], ())
 
-    async def test_one_that_may_serve_already_is_drained_not_ended(self, spared):
+    async def test_one_that_serves_before_it_is_seen_ready_is_drained_not_ended(self, spared):
         async with spared.opened() as scheduler:
             demands = Demands(spared, scheduler)
             await pool(scheduler, minimum=0, maximum=1, keep_alive_s=1)
             await demands(3)
+            (spare,) = spared.cluster.apps
             spared.cluster.instant = False
             await demands(1, cold={"tiny-qwen": 1})
+            streams = {spare: 1}
+            await scheduler.sync(GatewayReport("gw0", 1, {}, frozenset(), {}, streams))
             (replica,) = scheduler._core.state.replicas.values()
             assert replica.state is ReplicaState.STARTING
             await scheduler._elastic._drain([replica.replica_id], "too many")
@@ -235,6 +238,19 @@ class TestSpares:
             assert replica.state is ReplicaState.DRAINING
             await demands(10)
             assert scheduler._core.state.replicas == {}
+
+    async def test_second_one_is_told_beside_the_first_that_serves(self, spared):
+        async with spared.opened() as scheduler:
+            demands = Demands(spared, scheduler)
+            await pool(scheduler, minimum=0, maximum=2)
+            await demands(3)
+            await demands(3, cold={"tiny-qwen": 1})
+            await demands(3, tiny_qwen=1)
+            spared.cluster.instant = False
+            await demands(1, tiny_qwen=300)
+            table = await scheduler.routes()
+            assert (len(table.ready), len(table.early)) == (1, 1)
+            assert table.early[0].app_name != table.ready[0].app_name
 
     async def test_process_that_died_is_started_with_the_model(self, spared):
         """Serve starts it anew with its settings; where the application is gone we do."""
@@ -326,6 +342,12 @@ class TestSleep:
             table = await scheduler.routes()
             assert table.starting[0].wakes
             assert table.standby == (replica.app_name,)
+            bed.cluster.instant = False
+            await demands(1, cold={"tiny-qwen": 1})
+            table = await scheduler.routes()
+            assert [route.app_name for route in table.early] == [replica.app_name]
+            bed.cluster.ready()
+            bed.cluster.instant = True
             await demands(2, cold={"tiny-qwen": 1})
             assert await states(scheduler) == [DeploymentState.READY]
             assert not bed.cluster.apps[replica.app_name].asleep

@@ -122,7 +122,7 @@ async def test_process_that_is_lost_before_it_is_seen_ready_gets_nothing(here):
 
 
 async def test_one_that_was_withdrawn_must_say_again_that_it_is_awake(here):
-    here.server.tell(State(True, 0))
+    here.server.tell(State(True, 100))
     await told(here, starting=(), ready=(ROUTE,))
     await until(lambda: link_of(here).awake)
     await told(here, starting=(STARTING,), ready=(), early=(ROUTE,))

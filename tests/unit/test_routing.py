@@ -55,6 +55,11 @@ class TestWithSpill:
         assert choice.otherwise.reason is Reason.FALLBACK
         assert choice.otherwise.cap == Budget("spill:lease-1", Period.DAY, 7)
 
+    def test_without_a_budget_they_are_counted_too(self):
+        rule = replace(self.RULE, policy=LanePolicy(2.0))
+        cap = routing.with_spill(rule, None, ROUTE, Reason.TTFT).cap
+        assert (cap.subject, cap.period, cap.limit_pico) == ("spill:lease-1", Period.DAY, 10**27)
+
     def test_the_pool_for_a_reason_and_else_the_lease(self):
         choice = routing.with_spill(self.RULE, LEASE, ROUTE, Reason.TTFT)
         assert (choice.route, choice.reason) == (ROUTE, Reason.TTFT)
