@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from market.fragments import FIT_WEIGHT_MILLI
 from market.placement import (
     GpuRoom,
     NodeRoom,
@@ -83,7 +84,7 @@ def fragments(node, classes):
 
 def score(node, after, classes):
     fit = after.cpu_milli / 128_000 + sum(gpu.milli for gpu in after.gpus) / 8_000
-    return fragments(node, classes) - fragments(after, classes) - 100 * fit / 2
+    return fragments(node, classes) - fragments(after, classes) - FIT_WEIGHT_MILLI * fit / 2
 
 
 def possible(nodes, request):
