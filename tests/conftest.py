@@ -5,8 +5,14 @@ from pathlib import Path
 
 # Else its plugin imports it when pytest ends, deep in calls: there CPython 3.11 may fail to compile
 # it (SystemError: AST constructor recursion depth mismatch).
-import hypothesis  # noqa: F401
+import hypothesis
 import pytest
+
+# How fast a machine is, and what else runs on it, is no property of the code.
+hypothesis.settings.register_profile(
+    "market", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("market")
 
 RAY_FREE = ("unit", "contracts", "properties")
 
