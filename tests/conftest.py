@@ -8,11 +8,15 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-# How fast a machine is, and what else runs on it, is no property of the code.
+# How fast a machine is, and what else runs on it, is no property of the code. The same examples
+# every time; others with pytest --hypothesis-profile=explore.
 hypothesis.settings.register_profile(
-    "market", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    "explore", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
-hypothesis.settings.load_profile("market")
+hypothesis.settings.register_profile(
+    "same", hypothesis.settings.get_profile("explore"), derandomize=True
+)
+hypothesis.settings.load_profile("same")
 
 RAY_FREE = ("unit", "contracts", "properties")
 
