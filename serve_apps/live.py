@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
@@ -13,13 +13,10 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from market.accounts import Account
-from market.catalog import find
-from market.cluster.models import fetch
 from market.config import Config
 from market.errors import (
     EngineFailed,
     InsufficientBalance,
-    MarketError,
     NoCapacity,
     NotFound,
     PermissionDenied,
@@ -38,7 +35,7 @@ from market.types import (
 )
 from serve_apps.auth import may_use
 from serve_apps.link import REPLICA_TIMEOUT_S, Address, Link
-from serve_apps.tokenization import Prompter, load_prompter
+from serve_apps.tokenization import Prompter, Prompters
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +47,6 @@ COLD_MAX = 256
 COLD_MAX_PER_TENANT = 64
 COLD_WAIT_S = 600.0
 COLD_REFRESH_S = 0.1
-PRELOAD_AGAIN_S = 60.0
-# Tokenizers that are loaded at once: the threads are for others, too.
-LOADS_MAX = 2
 COLD_RETRY_S = 10.0
 # A lease whose holder has just used it is not borrowed again for so long.
 WANTED_BACK_S = 3.0
@@ -106,7 +100,6 @@ class LiveRoutes:
         on_unpriced: Callable[[str], None] = lambda _model: None,
         on_cold: Callable[[str, float], None] = lambda _model, _seconds: None,
     ) -> None:
-        self._config = config
         self._exchange = exchange
         self._prices = prices
         self._handle_of = handle_of
@@ -119,10 +112,7 @@ class LiveRoutes:
         self._serving: set[str] = set()
         self._looking: set[str] = set()
         self._leaving: list[tuple[str, Link]] = []
-        self._prompters: dict[str, Prompter] = {}
-        self._preloaded: set[str] = set()
-        self._loading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._loads = asyncio.Semaphore(LOADS_MAX)
+        self._prompters = Prompters(config.models_dir)
         self._background: set[asyncio.Task[None]] = set()
         self._refreshing: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
@@ -177,7 +167,7 @@ class LiveRoutes:
                 self._spawn(self._leave(app, link))
         waking = [entry.model for entry in table.starting if entry.wakes]
         for model in (*(route.model for route in table.ready), *waking):
-            self._preload(model)
+            self._prompters.load_ahead(model)
         gone = [route for route in table.ready if route.app_name not in engines]
         self._engines = engines
         for link in engines.values():
@@ -351,7 +341,7 @@ class LiveRoutes:
         began_s = time.monotonic()
         self._cold[who] += 1
         self._cold_now.set()
-        self._preload(model)
+        self._prompters.load_ahead(model)
         try:
             async with asyncio.timeout(COLD_WAIT_S):
                 while True:
@@ -461,32 +451,7 @@ class LiveRoutes:
 
     async def prompter(self, route: Route) -> Prompter:
         """The model's tokenizer, loaded once per gateway."""
-        return await self._prompter(route.model)
-
-    async def _prompter(self, model: str) -> Prompter:
-        prompter = self._prompters.get(model)
-        if prompter is None:
-            async with self._loading[model]:
-                prompter = self._prompters.get(model)
-                if prompter is None:
-                    async with self._loads:
-                        prompter = await asyncio.to_thread(self._load, model)
-                    self._prompters[model] = prompter
-        return prompter
-
-    def _preload(self, model: str) -> None:
-        """A tokenizer takes seconds to load, mostly its package: no request shall wait for it."""
-        if model not in self._preloaded:
-            self._preloaded.add(model)
-            self._spawn(self._load_ahead(model))
-
-    async def _load_ahead(self, model: str) -> None:
-        try:
-            await self._prompter(model)
-        except MarketError as error:
-            logger.warning("no tokenizer for %s yet: %s", model, error)
-            await asyncio.sleep(PRELOAD_AGAIN_S)
-            self._preloaded.discard(model)
+        return await self._prompters.get(route.model)
 
     async def _leave(self, app: str, link: Link) -> None:
         """A replica that drains: its streams go on, and are counted until they end."""
@@ -500,10 +465,6 @@ class LiveRoutes:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-
-    def _load(self, model: str) -> Prompter:
-        folder = fetch(find(model), self._config.models_dir, weights=False)
-        return load_prompter(str(folder))
 
     def _find(self, model: str, principal: Principal) -> Route | NotReady | None:
         """The least busy replica that this key may use; why there is none; None if unknown.

@@ -1,13 +1,23 @@
 """Prompts -> token ids with the model's own tokenizer and chat template, and back."""
 
 import asyncio
+import logging
+from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from market.errors import InvalidRequest, MarketFault
+from market.catalog import find
+from market.cluster.models import fetch
+from market.errors import InvalidRequest, MarketError, MarketFault
 from serve_apps.wire import ChatBody
 
+logger = logging.getLogger(__name__)
+
 INLINE_CHARACTERS = 16_000
+LOAD_AGAIN_S = 60.0
+# Tokenizers that are loaded at once: the threads are for others, too.
+LOADS_MAX = 2
 # What the tokenizer's own function takes besides the template's variables.
 _RESERVED = frozenset(
     {"conversation", "tools", "documents", "chat_template", "add_generation_prompt"}
@@ -110,3 +120,43 @@ def load_prompter(folder: str) -> Prompter:
         return Prompter(tokenizer)
     except (OSError, ValueError) as error:
         raise MarketFault(f"no tokenizer in {folder}: {error}") from error
+
+
+class Prompters:
+    """Those of all models that are asked here, each loaded once."""
+
+    def __init__(self, models_dir: Path) -> None:
+        self._models_dir = models_dir
+        self._prompters: dict[str, Prompter] = {}
+        self._ahead: dict[str, asyncio.Task[None]] = {}
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._loads = asyncio.Semaphore(LOADS_MAX)
+
+    async def get(self, model: str) -> Prompter:
+        """Raises MarketError if its files cannot be had or read."""
+        prompter = self._prompters.get(model)
+        if prompter is None:
+            async with self._locks[model]:
+                prompter = self._prompters.get(model)
+                if prompter is None:
+                    async with self._loads:
+                        prompter = await asyncio.to_thread(self._load, model)
+                    self._prompters[model] = prompter
+        return prompter
+
+    def load_ahead(self, model: str) -> None:
+        """A tokenizer takes seconds to load, mostly its package: no request shall wait for it."""
+        if model not in self._ahead:
+            self._ahead[model] = asyncio.create_task(self._load_ahead(model))
+
+    async def _load_ahead(self, model: str) -> None:
+        try:
+            await self.get(model)
+        except MarketError as error:
+            logger.warning("no tokenizer for %s yet: %s", model, error)
+            await asyncio.sleep(LOAD_AGAIN_S)
+            del self._ahead[model]
+
+    def _load(self, model: str) -> Prompter:
+        folder = fetch(find(model), self._models_dir, weights=False)
+        return load_prompter(str(folder))

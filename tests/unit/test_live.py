@@ -12,6 +12,7 @@ from market.types import Lane, NotReady, RouteTable
 from serve_apps.frames import State
 from serve_apps.link import Address, LinkServer
 from serve_apps.live import LiveRoutes
+from serve_apps.tokenization import Prompters
 from tests.samples import ACME, CARD, ROUTE
 
 COLD = NotReady(ROUTE.model, ROUTE.deployment_id, None, "cold", wakes=True)
@@ -43,10 +44,7 @@ async def here(tmp_path, monkeypatch):
     async def nothing(_request, _credit):
         yield
 
-    async def no_tokenizer(_self, _model):
-        pass
-
-    monkeypatch.setattr(LiveRoutes, "_load_ahead", no_tokenizer)
+    monkeypatch.setattr(Prompters, "load_ahead", lambda _self, _model: None)
     server = LinkServer(nothing)
     await server.start("127.0.0.1")
 
