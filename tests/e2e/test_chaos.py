@@ -154,16 +154,19 @@ def test_replica_killed_before_the_first_token_is_retried_and_billed_once(vllm_m
 
 
 def test_gateway_killed_in_a_stream_leaves_a_recovered_row_and_no_hold(vllm_market):
-    tenant = vllm_market.tenant()
-    gateway = only(vllm_market.processes(GATEWAY))
-    stream = tenant.client().chat.completions.create(**asked(1900), stream=True)
-    next(iter(stream))
-    kill(gateway)
-    with contextlib.suppress(openai.APIError, Exception):
-        for _ in stream:
-            pass
-    serving_again(vllm_market)
-    (row,) = tenant.rows(1).to_dict("records")
+    for _ in range(5):
+        tenant = vllm_market.tenant()
+        gateway = only(vllm_market.processes(GATEWAY))
+        stream = tenant.client().chat.completions.create(**asked(1900), stream=True)
+        next(iter(stream))
+        kill(gateway)
+        with contextlib.suppress(openai.APIError, Exception):
+            for _ in stream:
+                pass
+        serving_again(vllm_market)
+        (row,) = tenant.rows(1).to_dict("records")
+        if row["finish_reason"] != "length":  # on a busy machine the answer may end before
+            break
     assert (row["usage_quality"], row["finish_reason"]) == ("recovered", "market_fault")
     assert row["charge"] == 0
     assert tenant.settled() == 10
