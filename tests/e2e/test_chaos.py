@@ -107,19 +107,23 @@ async def test_ledger_killed_in_the_middle_of_fifty_streams(vllm_market):
 
 
 def test_replica_killed_after_the_first_token_is_an_error_and_free(vllm_market):
-    tenant = vllm_market.tenant()
-    replica = only(vllm_market.processes(REPLICA))
-    engine = replica.children(recursive=True)
-    stream = tenant.client().chat.completions.create(**asked(1900), stream=True)
-    next(iter(stream))
-    kill(replica)
-    chunks, caught = [], None
-    try:
-        chunks.extend(stream)
-    except openai.APIError as error:
-        caught = error
-    assert "replica" in str(caught), f"{chunks[-1:]}, recorded: {tenant.rows(1).iloc[0]}"
-    (row,) = tenant.rows(1).to_dict("records")
+    for _ in range(5):
+        tenant = vllm_market.tenant()
+        replica = only(vllm_market.processes(REPLICA))
+        engine = replica.children(recursive=True)
+        stream = tenant.client().chat.completions.create(**asked(1900), stream=True)
+        next(iter(stream))
+        kill(replica)
+        chunks, caught = [], None
+        try:
+            chunks.extend(stream)
+        except openai.APIError as error:
+            caught = error
+        (row,) = tenant.rows(1).to_dict("records")
+        if row["finish_reason"] != "length":  # on a busy machine the answer may end before
+            break
+        serving_again(vllm_market)
+    assert "replica" in str(caught), f"{chunks[-1:]}, recorded: {row}"
     assert (row["finish_reason"], row["charge"]) == ("provider_error", 0)
     assert tenant.balance()["balance"] == "10"
     _, alive = psutil.wait_procs(engine, timeout=60)

@@ -121,6 +121,9 @@ def reference(tmp_path_factory, tiny_model):
             server.wait(60)
 
 
+OF_TOKENS = ("text", "logprobs", "finish_reason", "stop_reason")
+
+
 def normal(value):
     """Without what may differ; null, empty and absent are the same to every client."""
     if isinstance(value, dict):
@@ -178,13 +181,14 @@ def gathered(events):
 
 
 def beginnings(events):
-    """The first chunk of each choice, less its text: several choices come in any order."""
+    """The first chunk of each choice, less what depends on how many tokens it has.
+
+    Several choices come in any order.
+    """
     found = {}
     for event in without_call_ids(normal(events)):
         for choice in event.get("choices", []):
-            shown = {
-                name: item for name, item in choice.items() if name not in ("text", "logprobs")
-            }
+            shown = {name: item for name, item in choice.items() if name not in OF_TOKENS}
             found.setdefault(choice["index"], event | {"choices": [shown]})
     return found
 
