@@ -67,6 +67,47 @@ Resale = Annotated[
 Tenant = Annotated[
     str | None, typer.Option(help="Lease: for whom; a tenant's own key says it already.")
 ]
+Mode = Annotated[
+    str,
+    typer.Option(
+        help="tokens: sold to everybody. lease: GPUs of its own for a tenant. hybrid: a lease "
+        "that spills to the pool. auto: each request where it is cheapest."
+    ),
+]
+Replicas = Annotated[
+    str | None,
+    typer.Option(
+        callback=_check_replicas,
+        help="Tokens: how many replicas, or MIN:MAX by demand (0: none when idle); default: 1.",
+    ),
+]
+KeepAlive = Annotated[
+    str | None,
+    typer.Option(help="Tokens: idle replicas above MIN stay so long; default: by break-even."),
+]
+MaxSpend = Annotated[
+    str | None, typer.Option(help="Tokens: at most this an hour for the pool's GPUs.")
+]
+SpillBudget = Annotated[
+    str | None, typer.Option(help="Hybrid: spills cost at most this a day; default: any.")
+]
+Ttft = Annotated[
+    float | None,
+    typer.Option(help="Hybrid, auto: first token wanted within so many seconds; default: 2."),
+]
+Cheap = Annotated[
+    str | None, typer.Option(help="Auto: this model for easy requests; MODEL is a new name.")
+]
+Strong = Annotated[str | None, typer.Option(help="Auto: this model for hard ones.")]
+CostTarget = Annotated[
+    float | None,
+    typer.Option(help="Auto: so much of what the strong model alone costs; default: 0.5."),
+]
+OrderId = Annotated[str | None, typer.Option(help="Lease: the same id again orders nothing more.")]
+Queue = Annotated[bool, typer.Option("--queue", help="Lease: wait until GPUs are free.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only say where it would go, and a lease's price.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -85,28 +126,11 @@ def register(app: typer.Typer) -> None:
 
 def deploy(  # noqa: PLR0913  # one argument per option
     model: Model,
-    mode: Annotated[
-        str,
-        typer.Option(
-            help="tokens: sold to everybody. lease: GPUs of its own for a tenant. hybrid: a lease "
-            "that spills to the pool. auto: each request where it is cheapest."
-        ),
-    ] = "tokens",
+    mode: Mode = "tokens",
     engine: Engine = None,
-    replicas: Annotated[
-        str | None,
-        typer.Option(
-            callback=_check_replicas,
-            help="Tokens: how many replicas, or MIN:MAX by demand (0: none when idle); default: 1.",
-        ),
-    ] = None,
-    keep_alive: Annotated[
-        str | None,
-        typer.Option(help="Tokens: idle replicas above MIN stay so long; default: by break-even."),
-    ] = None,
-    max_spend: Annotated[
-        str | None, typer.Option(help="Tokens: at most this an hour for the pool's GPUs.")
-    ] = None,
+    replicas: Replicas = None,
+    keep_alive: KeepAlive = None,
+    max_spend: MaxSpend = None,
     gpus: Gpus = None,
     term: Term = None,
     start: Start = None,
@@ -116,31 +140,15 @@ def deploy(  # noqa: PLR0913  # one argument per option
     region: Region = None,
     provider: Provider = None,
     resale: Resale = False,
-    spill_budget: Annotated[
-        str | None, typer.Option(help="Hybrid: spills cost at most this a day; default: any.")
-    ] = None,
-    ttft: Annotated[
-        float | None,
-        typer.Option(help="Hybrid, auto: first token wanted within so many seconds; default: 2."),
-    ] = None,
-    cheap: Annotated[
-        str | None, typer.Option(help="Auto: this model for easy requests; MODEL is a new name.")
-    ] = None,
-    strong: Annotated[str | None, typer.Option(help="Auto: this model for hard ones.")] = None,
-    cost_target: Annotated[
-        float | None,
-        typer.Option(help="Auto: so much of what the strong model alone costs; default: 0.5."),
-    ] = None,
+    spill_budget: SpillBudget = None,
+    ttft: Ttft = None,
+    cheap: Cheap = None,
+    strong: Strong = None,
+    cost_target: CostTarget = None,
     tenant: Tenant = None,
-    order_id: Annotated[
-        str | None, typer.Option(help="Lease: the same id again orders nothing more.")
-    ] = None,
-    queue: Annotated[
-        bool, typer.Option("--queue", help="Lease: wait until GPUs are free.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say where it would go, and a lease's price.")
-    ] = False,
+    order_id: OrderId = None,
+    queue: Queue = False,
+    dry_run: DryRun = False,
     wait: Annotated[bool, typer.Option(help="Wait until it serves.")] = True,
     timeout_s: Annotated[float, typer.Option(help="Longest wait.")] = 600,
     output: OutputOption = Output.TABLE,

@@ -168,13 +168,19 @@ async def spared(tmp_path):
     return made
 
 
+async def waiting(box, scheduler, **bounds):
+    """A pool at zero: its demands, and the application of the spare process that waits for it."""
+    demands = Demands(box, scheduler)
+    await pool(scheduler, minimum=0, **bounds)
+    await demands(3)
+    (spare,) = box.cluster.apps
+    return demands, spare
+
+
 class TestSpares:
     async def test_next_replica_gets_a_process_that_waits_and_another_is_made(self, spared):
         async with spared.opened() as scheduler:
-            demands = Demands(spared, scheduler)
-            await pool(scheduler, minimum=0, maximum=2)
-            await demands(3)
-            (spare,) = spared.cluster.apps
+            demands, spare = await waiting(spared, scheduler, maximum=2)
             assert (await scheduler.status())["spares_ready"] == 1
             await demands(2, cold={"tiny-qwen": 1})
             (replica,) = scheduler._core.state.replicas.values()
@@ -204,10 +210,7 @@ class TestSpares:
 
     async def test_gateways_know_it_before_it_serves(self, spared):
         async with spared.opened() as scheduler:
-            demands = Demands(spared, scheduler)
-            await pool(scheduler, minimum=0, maximum=1)
-            await demands(3)
-            (spare,) = spared.cluster.apps
+            demands, spare = await waiting(spared, scheduler, maximum=1)
             table = await scheduler.routes()
             assert (table.standby, table.early) == ((spare,), ())
             spared.cluster.instant = False
@@ -223,10 +226,7 @@ class TestSpares:
 
     async def test_one_that_serves_before_it_is_seen_ready_is_drained_not_ended(self, spared):
         async with spared.opened() as scheduler:
-            demands = Demands(spared, scheduler)
-            await pool(scheduler, minimum=0, maximum=1, keep_alive_s=1)
-            await demands(3)
-            (spare,) = spared.cluster.apps
+            demands, spare = await waiting(spared, scheduler, maximum=1, keep_alive_s=1)
             spared.cluster.instant = False
             await demands(1, cold={"tiny-qwen": 1})
             streams = {spare: 1}
@@ -241,9 +241,7 @@ class TestSpares:
 
     async def test_second_one_is_told_beside_the_first_that_serves(self, spared):
         async with spared.opened() as scheduler:
-            demands = Demands(spared, scheduler)
-            await pool(scheduler, minimum=0, maximum=2)
-            await demands(3)
+            demands, _ = await waiting(spared, scheduler, maximum=2)
             await demands(3, cold={"tiny-qwen": 1})
             await demands(3, tiny_qwen=1)
             spared.cluster.instant = False
