@@ -29,6 +29,7 @@ from serve_apps.auth import Authenticator
 from serve_apps.http import Services, create_app
 from serve_apps.idempotency import Idempotency
 from serve_apps.metrics import Metrics
+from serve_apps.streams import EventStream
 from tests.gateways import Gateway, prepared
 from tests.samples import ACME, CARD, ROUTE
 
@@ -371,9 +372,20 @@ class TestPatience:
         assert ": waiting" not in chunks
         assert (await slow.record()).output_tokens == 3
 
-    async def test_comments_come_between_the_chunks_of_an_answer_that_stands_still(self, slow):
+    async def test_comments_come_between_the_chunks_of_an_answer_that_stands_still(
+        self, slow, monkeypatch
+    ):
         slow.gate.set()
-        go_on = asyncio.Event()
+        go_on, comment = asyncio.Event(), EventStream._comment
+
+        async def noted(stream, send):
+            async def noting(message):
+                await send(message)
+                go_on.set()
+
+            await comment(stream, noting)
+
+        monkeypatch.setattr(EventStream, "_comment", noted)
         answer = slow.engine.generate
 
         async def falter(request, *rest):
@@ -385,10 +397,7 @@ class TestPatience:
         asking = asyncio.create_task(
             slow.http.post("/v1/chat/completions", json=CHAT | {"stream": True})
         )
-        await slow.asked.wait()
-        await asyncio.sleep(0.1)
-        go_on.set()
-        pieces = (await asking).text.split("\n\n")
+        pieces = (await asyncio.wait_for(asking, 10)).text.split("\n\n")
         kinds = [piece.split(" ")[0] for piece in pieces if piece]
         assert kinds[0] == "data:"
         assert ":" in kinds
