@@ -437,29 +437,33 @@ def test_idle_time_of_a_lease_is_sold_and_taken_back_in_the_middle_of_an_answer(
     assert first["x-market-lane"] == "tokens"
     assert pool_of(shared)["state"] == "cold"
 
-    client, text = buyer.client(), ""
+    client = buyer.client()
     messages = [{"role": "user", "content": "What is a list?"}]
-    stream = client.chat.completions.create(
-        model=MODEL, messages=messages, stream=True, extra_body={"ignore_eos": True}, **long
-    )
-    with ThreadPoolExecutor(1) as thread:
-        own = None
-        for chunk in stream:
-            text += chunk.choices[0].delta.content or ""
-            if own is None and text:  # long answers, so that the lease is not idle again soon
-                own = thread.submit(asked, lender, 3, max_tokens=1800)
-        for headers, _ in own.result():
-            assert (headers["x-market-lane"], headers["x-market-lease-id"]) == ("lease", lease_id)
-    assert text == whole.choices[0].message.content
-    rows = buyer.rows(2).sort_values("lsn")
-    attrs = [dict(row) for row in rows["attrs"]]
-    assert [a.get("lent_by") for a in attrs] == [lender.name, None]
-    assert list(rows["output_tokens"]) == [1800, 1800]
+    for tries in range(2, 7):
+        text, own = "", None
+        stream = client.chat.completions.create(
+            model=MODEL, messages=messages, stream=True, extra_body={"ignore_eos": True}, **long
+        )
+        with ThreadPoolExecutor(1) as thread:
+            for chunk in stream:
+                text += chunk.choices[0].delta.content or ""
+                if own is None and text:  # long answers, so that the lease is not idle again soon
+                    own = thread.submit(asked, lender, 3, max_tokens=1800)
+            for headers, _ in own.result():
+                shown = headers["x-market-lane"], headers["x-market-lease-id"]
+                assert shown == ("lease", lease_id)
+        assert text == whole.choices[0].message.content
+        rows = buyer.rows(tries).sort_values("lsn")
+        lent_by = [dict(row).get("lent_by") for row in rows["attrs"]]
+        if lent_by[-1] is None:  # else it was over, on a busy machine, before the holder asked
+            break
+    assert lent_by == [lender.name] * (tries - 1) + [None]
+    assert set(rows["output_tokens"]) == {1800}
     assert rows["charge"].nunique() == 1
     assert Decimal(buyer.balance()["balance"]) == 10 - rows["charge"].sum()
     month = rows["booked_at"].iloc[0].strftime("%Y-%m")
     settled = shared.cli("settle", "--period", month, "--dry-run")
-    assert Decimal(settled["share"]) == rows["charge"].iloc[0] * Decimal("0.9") * Decimal("0.5")
+    assert Decimal(settled["share"]) == rows["charge"].iloc[:-1].sum() * Decimal("0.45")
 
 
 def pool_of(market):

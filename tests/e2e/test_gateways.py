@@ -82,8 +82,11 @@ async def test_a_stored_answer_comes_through_either(market):
     assert tenant.settled() == 10 - tenant.rows(1)["charge"].sum()
 
 
-async def load_while(tenant, trouble, count=40, each=4):
-    """Costs of the answers that came whole while ``trouble`` happened, and how many failed."""
+async def load_while(tenant, trouble, count=40, each=4, length=20):
+    """Costs of the answers that came whole while ``trouble`` happened, and how many failed.
+
+    They have ``length`` tokens at least.
+    """
     costs, failed = [], 0
 
     async def client(number):
@@ -91,7 +94,7 @@ async def load_while(tenant, trouble, count=40, each=4):
         for n in range(each):
             while True:
                 try:
-                    answer = await fresh(tenant, **asked(20 + (7 * number + n) % 40))
+                    answer = await fresh(tenant, **asked(length + (7 * number + n) % 40))
                     break
                 except openai.APIError:
                     failed += 1
@@ -115,7 +118,8 @@ def kill(process):
 async def test_one_killed_under_load(market):
     tenant = market.tenant()
     victim = market.processes("ServeReplica:gateway")[0]
-    costs, failed = await load_while(tenant, lambda: kill(victim))
+    # Long ones: this process makes a client for each, so that few short ones would be under way.
+    costs, failed = await load_while(tenant, lambda: kill(victim), length=400)
     assert failed, "nobody was connected to the gateway that died"
     left = tenant.settled()  # so its slices returned
     spent = 10 - left

@@ -238,16 +238,20 @@ class TestErrors:
 
 class TestHangUp:
     def test_bills_what_was_generated_until_the_abort(self, tenant):
-        with tenant.client().chat.completions.create(
-            model="tiny-qwen", messages=HI, max_tokens=1500, stream=True, extra_body=LONG
-        ) as stream:
-            for _, _chunk in zip(range(5), stream, strict=False):
-                pass
-        (row,) = tenant.rows(1).to_dict("records")
+        for tries in range(1, 6):
+            with tenant.client().chat.completions.create(
+                model="tiny-qwen", messages=HI, max_tokens=1500, stream=True, extra_body=LONG
+            ) as stream:
+                for _, _chunk in zip(range(5), stream, strict=False):
+                    pass
+            rows = tenant.rows(tries).sort_values("lsn")
+            row = rows.iloc[-1]
+            if row["finish_reason"] != "length":  # on a busy machine the answer may end before
+                break
         assert row["finish_reason"] == "client_disconnect"
         assert 1 <= row["output_tokens"] < 1500
         assert row["charge"] > 0
-        assert tenant.settled() == 10 - row["charge"]
+        assert tenant.settled() == 10 - rows["charge"].sum()
 
     def test_of_a_whole_answer_aborts_too(self, tenant):
         """Engines on all CPUs may keep this process from running until its answer is there."""
