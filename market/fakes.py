@@ -21,6 +21,7 @@ from market.errors import (
 )
 from market.ports import Engine
 from market.types import (
+    APP_PREFIX,
     CURRENCY,
     AppStatus,
     ClusterView,
@@ -432,7 +433,7 @@ class FakeCluster:
     def remove(self, app_name: str) -> None:
         """Gone at once, with its processes."""
         if self.apps.pop(app_name, None) is not None:
-            self.processes[self.homes.pop(app_name)].discard(app_name.removeprefix("model-"))
+            self.processes[self.homes.pop(app_name)].discard(app_name.removeprefix(APP_PREFIX))
 
     def residents(self, node_id: str) -> frozenset[str]:
         """Replicas with processes there."""

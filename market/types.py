@@ -12,6 +12,7 @@ import msgspec
 
 CURRENCY = "USD"
 TERM_MAX_S = 182 * 86_400
+APP_PREFIX = "model-"
 
 
 class Mode(StrEnum):
@@ -717,7 +718,7 @@ class Replica:
 
 def app_name(process_id: str) -> str:
     """Name of the Ray Serve application of a process that runs models."""
-    return f"model-{process_id}"
+    return f"{APP_PREFIX}{process_id}"
 
 
 @dataclass(frozen=True, slots=True)

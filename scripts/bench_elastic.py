@@ -142,18 +142,18 @@ def wait_cold(own: OwnMarket, spares: int = 0) -> None:
 def cold_start(own: OwnMarket, key: str, spares: int) -> dict[str, float]:
     """One cold request; the seconds of its parts."""
     wait_cold(own, spares)
-    watcher = Watcher(own)
-    watcher.start()
-    asked = time.time()
     headers = {"authorization": f"Bearer {key}"}
     body = BODY | {"stream": True}
-    url = f"{own.url}/v1/chat/completions"
     first = None
-    with httpx.stream("POST", url, json=body, headers=headers, timeout=PATIENCE_S) as answer:
-        answer.raise_for_status()
-        for line in answer.iter_lines():
-            if first is None and '"content":"' in line and '"content":""' not in line:
-                first = time.time()
+    with httpx.Client(base_url=own.url, headers=headers, timeout=PATIENCE_S) as client:
+        watcher = Watcher(own)
+        watcher.start()
+        asked = time.time()
+        with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+            answer.raise_for_status()
+            for line in answer.iter_lines():
+                if first is None and '"content":"' in line and '"content":""' not in line:
+                    first = time.time()
     assert first is not None, "no token came"
     seen = watcher.end()
     # A spare process was there before.

@@ -46,7 +46,7 @@ ANOTHER_POLL_S = 0.1
 COLD_MAX = 256
 COLD_MAX_PER_TENANT = 64
 COLD_WAIT_S = 600.0
-COLD_REFRESH_S = 0.1
+COLD_REFRESH_S = 0.05
 COLD_RETRY_S = 10.0
 # A lease whose holder has just used it is not borrowed again for so long.
 WANTED_BACK_S = 3.0
@@ -283,8 +283,8 @@ class LiveRoutes:
         starts or drains.
         """
         found = self._find(model, principal)
-        if not isinstance(found, Route):
-            await self.refresh()  # it may have been deployed a moment ago
+        if found is None or (isinstance(found, NotReady) and not found.wakes):
+            await self.refresh()  # it may have been deployed, or got ready, a moment ago
             found = self._find(model, principal)
         if isinstance(found, NotReady) and found.wakes:
             found = await self.awake(model, principal)

@@ -18,6 +18,7 @@ from market.cluster.models import model_path
 from market.cluster.node import NODE_LABEL
 from market.config import Config
 from market.types import (
+    APP_PREFIX,
     AppStatus,
     ClusterView,
     Deployment,
@@ -47,6 +48,7 @@ class ServeCluster:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._agents = AgentClient()
+        self._spares: dict[str, Any] = {}
 
     def check(self, model: Model, engine: str) -> None:
         """Raises InvalidRequest or NotFound if the engine or the model's files are missing."""
@@ -63,9 +65,24 @@ class ServeCluster:
             if node["Alive"] and NODE_LABEL in node.get("Labels", {})
         )
         details = _get_global_client().get_serve_details()
-        return ClusterView(
-            nodes, {name: _status(app) for name, app in details["applications"].items()}
-        )
+        apps = {name: _status(app) for name, app in details["applications"].items()}
+        self._find_spares(apps)
+        return ClusterView(nodes, apps)
+
+    def _find_spares(self, apps: Mapping[str, AppStatus]) -> None:
+        """A handle needs a while to find its process: not when somebody waits."""
+        from ray import serve
+        from ray.serve.exceptions import RayServeException
+
+        spares, self._spares = self._spares, {}
+        for name, app in apps.items():
+            if not (name.startswith(APP_PREFIX) and app.run and not app.replica_id):
+                continue
+            with contextlib.suppress(RayServeException):  # it has just gone
+                if name not in spares:
+                    spares[name] = serve.get_app_handle(name)
+                    spares[name].options(method_name="address").remote()
+                self._spares[name] = spares[name]
 
     def start(self, replica: Replica, deployment: Deployment, offer: Offer) -> None:
         """Begin to run a replica's application, or to change it in place."""
@@ -78,9 +95,15 @@ class ServeCluster:
             self._config.sequences,
         )
         if replica.process and replica.state is ReplicaState.STARTING:
-            _adopt(replica.app_name, settings)
+            self._adopt(replica.app_name, settings)
         app = import_builder(MODEL_APP)(replica, deployment, offer, settings)
         run_application(app, replica.app_name, route_prefix=None)
+
+    def _adopt(self, name: str, settings: Mapping[str, Any]) -> None:
+        """Tell a spare process its model before Serve does; if it cannot be told, Serve will."""
+        spare = self._spares.get(name)
+        if spare is not None:
+            spare.options(method_name="adopt").remote(settings)
 
     def start_spare(self, spare: Spare, offer: Offer) -> None:
         """Begin to run a process that waits for a model."""
@@ -135,15 +158,6 @@ class ServeCluster:
 
     def _models_dir(self, offer: Offer) -> str:
         return offer.models_dir or str(self._config.models_dir)
-
-
-def _adopt(name: str, settings: Mapping[str, Any]) -> None:
-    """Tell a spare process its model before Serve does; if it cannot be told, Serve will."""
-    from ray import serve
-    from ray.serve.exceptions import RayServeException
-
-    with contextlib.suppress(RayServeException):
-        serve.get_app_handle(name).options(method_name="adopt").remote(settings)
 
 
 def import_builder(path: str) -> "Callable[..., Any]":

@@ -5,11 +5,14 @@ import contextlib
 import importlib
 import mmap
 import queue
+import tempfile
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 from market.errors import EngineFailed, InvalidRequest
-from market.types import EngineChunk, EngineRequest
+from market.types import EngineChunk, EngineRequest, Sampling
 from serve_apps.engines import embeddings
 from serve_apps.engines.base import EngineSettings, LoadedEngine, chunk
 from serve_apps.engines.detokenizer import Detokenizer
@@ -29,9 +32,43 @@ IMPORTED = [
 
 
 def warm() -> None:
-    """Import what loading imports: nearly all of the seconds that a start takes."""
+    """Import what loading imports, nearly all of the seconds that a start takes, and rehearse: much
+    more is imported and set up where it is first used.
+    """
     for module in IMPORTED:
         importlib.import_module(module)
+    with tempfile.TemporaryDirectory() as folder:
+        _make_smallest(folder)
+        asyncio.run(_rehearse(EngineSettings(Path(folder), PAGE_TOKENS, 0.0, sequences_max=1)))
+
+
+def _make_smallest(folder: str) -> None:
+    """A model that can be loaded and asked, though it has nothing to say."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=PAGE_TOKENS,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    words = {str(token): token for token in range(PAGE_TOKENS)}
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(words, []))).save_pretrained(
+        folder
+    )
+
+
+async def _rehearse(settings: EngineSettings) -> None:
+    engine = await start(settings)
+    request = EngineRequest("rehearsal", (1, 2), Sampling(2, temperature=0), "rehearsal")
+    async with aclosing(engine.generate(request)) as chunks:
+        async for _ in chunks:
+            pass
+    await engine.close()
 
 
 async def start(settings: EngineSettings) -> LoadedEngine:
