@@ -156,9 +156,10 @@ def cold_start(own: OwnMarket, key: str, spares: int) -> dict[str, float]:
                     first = time.time()
     assert first is not None, "no token came"
     seen = watcher.end()
-    # A spare process was there before.
-    process = max(seen["process"], seen["decided"])
-    moments = [asked, seen["decided"], process, first]
+    # It is looked at fifty times a second at most, and a spare process was there before.
+    decided = seen.get("decided", first)
+    process = max(seen.get("process", decided), decided)
+    moments = [asked, decided, process, first]
     names = ("decision", "new process", "imports, load, first token")
     parts = dict(zip(names, (b - a for a, b in pairwise(moments)), strict=True))
     return parts | {"in all": first - asked}
