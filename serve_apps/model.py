@@ -104,7 +104,9 @@ class ModelReplica:
     Without settings it is a spare: a process with all that its engine imports behind it.
     """
 
-    async def __init__(self, engine: str) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, engine: str, *, rehearses: bool = False
+    ) -> None:
         self._engine_name = engine
         self._engine: LoadedEngine | None = None
         self._settings: ReplicaSettings | None = None
@@ -117,7 +119,7 @@ class ModelReplica:
         self._host = ray.util.get_node_ip_address()
         self._link = LinkServer(self.generate)
         await self._link.start(self._host)
-        await asyncio.to_thread(warm_engine, engine)
+        await asyncio.to_thread(warm_engine, engine, rehearses=rehearses)
 
     async def reconfigure(self, settings: dict[str, Any]) -> None:
         """Load the model, or fall asleep, or wake. Serve awaits it: running means done."""
@@ -381,7 +383,8 @@ def _application(
     # Serve has no public name for it any more, and takes every new application for new code, which
     # would cost the process: the same version says that only the settings differ.
     served._version = process
-    return served.bind(engine)
+    on_cpus = offer.logical or not offer.gpus
+    return served.bind(engine, rehearses=settings is None and on_cpus)
 
 
 def visible_gpus(place: Place, logical: bool) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """What every engine is given and what it tells besides its chunks."""
 
 import importlib
+import logging
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Protocol, cast, runtime_checkable
 
 from market.cluster.engines import engine_paths
 from market.types import EngineChunk, EngineRequest, FinishReason, TokenCounts
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +66,21 @@ class SleepingEngine(Protocol):
         ...
 
 
-def warm_engine(name: str) -> None:
-    """Import all that the engine called ``name`` imports when it loads a model."""
+def warm_engine(name: str, *, rehearses: bool) -> None:
+    """Import all that the engine called ``name`` imports when it loads a model.
+
+    An engine that can also loads one and asks it, if it ``rehearses``: never where there are GPUs,
+    of which it does not know yet which will be its own.
+    """
     module_name, _, _ = engine_paths()[name].partition(":")
     module = importlib.import_module(module_name)
     if hasattr(module, "warm"):
         module.warm()
+    if rehearses and hasattr(module, "rehearse"):
+        try:
+            module.rehearse()
+        except Exception as error:  # noqa: BLE001  # only the first answer takes longer
+            logger.warning("%s could not rehearse: %s", name, error)
 
 
 async def start_engine(name: str, settings: EngineSettings) -> LoadedEngine:

@@ -32,11 +32,13 @@ IMPORTED = [
 
 
 def warm() -> None:
-    """Import what loading imports, nearly all of the seconds that a start takes, and rehearse: much
-    more is imported and set up where it is first used.
-    """
+    """Import what loading imports: nearly all of the seconds that a start takes."""
     for module in IMPORTED:
         importlib.import_module(module)
+
+
+def rehearse() -> None:
+    """Load a model and ask it: much is imported and set up where it is first used."""
     with tempfile.TemporaryDirectory() as folder:
         _make_smallest(folder)
         asyncio.run(_rehearse(EngineSettings(Path(folder), PAGE_TOKENS, 0.0, sequences_max=1)))

@@ -13,6 +13,7 @@ import pytest_asyncio
 from market.errors import InvalidRequest
 from market.fakes import FakeEngine
 from market.types import EngineRequest, FinishReason, Grammar, GrammarKind, Sampling
+from serve_apps.engines import transformers as transformers_engine
 from serve_apps.engines.base import EngineSettings, start_engine
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
@@ -332,3 +333,16 @@ async def test_cache_of_transformers_takes_memory_only_where_it_is_used(transfor
     assert libc.mincore(address, size, resident) == 0, ctypes.get_errno()
     used = sum(page & 1 for page in resident)
     assert 0 < used < pages // 2
+
+
+async def test_rehearsal_is_a_whole_answer(monkeypatch):
+    asked = []
+    generate = transformers_engine.TransformersEngine.generate
+
+    def watched(self, request):
+        asked.append(request.sampling.max_tokens)
+        return generate(self, request)
+
+    monkeypatch.setattr(transformers_engine.TransformersEngine, "generate", watched)
+    await asyncio.to_thread(transformers_engine.rehearse)
+    assert asked == [2]

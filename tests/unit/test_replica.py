@@ -12,12 +12,14 @@ from market.fakes import FakeEngine
 from market.types import EngineRequest, Place, Sampling, TokenCounts
 from serve_apps import model
 from serve_apps.frames import State
-from serve_apps.model import ModelReplica, ReplicaSettings, visible_gpus
+from serve_apps.model import ModelReplica, ReplicaSettings, build_spare, visible_gpus
+from tests.boxes import FARM, LAPTOP
 from tests.sleepy import SleepyEngine
 
 PLACE = Place("farm", "farm", (1,), 500)
 SETTINGS = ReplicaSettings("tiny-1", "tiny-qwen", "/nowhere", PLACE, True, 4, 5.0)
 ASLEEP = replace(SETTINGS, asleep=True)
+CARDS = replace(FARM, logical=False)
 
 
 def request(**changes):
@@ -49,7 +51,7 @@ async def replica(monkeypatch, engines, tmp_path):
     monkeypatch.setattr(FakeEngine, "check_health", staticmethod(healthy), raising=False)
     monkeypatch.setattr(FakeEngine, "kv_tokens", 100, raising=False)
     monkeypatch.setattr(model, "start_engine", start)
-    monkeypatch.setattr(model, "warm_engine", lambda _name: None)
+    monkeypatch.setattr(model, "warm_engine", lambda _name, rehearses: None)
     monkeypatch.setattr(model, "fetch", lambda *_, **__: tmp_path)
     monkeypatch.setattr(model.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
     made = []
@@ -92,6 +94,12 @@ async def test_spare_may_be_told_before_serve_does_and_never_against_it(replica,
     await spare._adopting
     assert len(engines) == 1
     assert engines[0].asleep
+
+
+@pytest.mark.parametrize(("offer", "rehearses"), [(LAPTOP, True), (FARM, True), (CARDS, False)])
+def test_spare_touches_no_gpu_before_it_knows_its_own(offer, rehearses):
+    bound = build_spare("spare-1", "transformers", offer)._bound_deployment
+    assert bound.init_kwargs == {"rehearses": rehearses}
 
 
 async def test_broken_engine_is_not_awake(replica, engines):
