@@ -97,6 +97,7 @@ class Costs:
 class Snapshot:
     """A pool as it is: ``replicas`` that serve or start, of them ``serving``, with ``places`` each.
 
+    An hour of each costs ``hours_pico``, and of the next ``next_pico``; None if it has no place.
     ``speed`` is the most work a second that one of them was seen to do; 0 while unknown.
     The time of day asks for ``ahead``, and stretches the keep-alive by ``stretch``. ``peak``: the
     most that was needed within ``stable_s``; ``idle_s``: for how long nobody has asked for
@@ -109,6 +110,8 @@ class Snapshot:
     places: int
     replicas: int
     serving: int
+    hours_pico: tuple[int, ...] = ()
+    next_pico: int | None = None
     speed: float = 0.0
     ahead: int = 0
     stretch: float = 1.0
@@ -144,14 +147,14 @@ def needed(pool: Snapshot) -> Decision:
             more = min(2.0, wait_s / WAIT_S)
             reason = f"the queue is {wait_s:.0f} s long"
             found.append(Decision(math.ceil(now * more), Signal.BACKLOG, reason))
-    if pool.serving:
+    if pool.serving and not demand.idle:  # rates fade, but never to nothing
         found += _limits(pool)
     found.append(Decision(pool.ahead, Signal.FORECAST, "usual at this time of day"))
     return max(found, key=lambda decision: decision.replicas)
 
 
 def _limits(pool: Snapshot) -> list[Decision]:
-    """What one replica's limits ask for: those that serve are close to them."""
+    """What one replica's limits ask for, so that those that serve are not close to them."""
     demand = pool.demand
     limits = [(Signal.KV, demand.kv_used / KV_USED, f"{demand.kv_used:.0%} of the KV cache")]
     if pool.speed > 0:
@@ -168,7 +171,6 @@ def _limits(pool: Snapshot) -> list[Decision]:
     return [
         Decision(math.ceil(pool.serving * min(GROWTH_MAX, share)), signal, reason)
         for signal, share, reason in limits
-        if share > 1
     ]
 
 
@@ -198,7 +200,7 @@ class Memory:
     """
 
     def __init__(self, now_s: float) -> None:
-        self._needed: deque[tuple[float, int]] = deque()
+        self._needed: deque[tuple[float, int]] = deque()  # in the order of time
         self.used_s = now_s
         self.speed = 0.0
         self._full_since_s: float | None = None
@@ -209,6 +211,8 @@ class Memory:
         if not pool.demand.idle:
             self.used_s = now_s
         self._learn(pool, now_s)
+        if not self._needed:
+            self._needed.append((now_s, pool.replicas))
         self._needed.append((now_s, needed(pool).replicas))
         while self._needed[0][0] < now_s - stable_s(pool.costs):
             self._needed.popleft()
@@ -263,51 +267,69 @@ def keep_asleep_s(costs: Costs) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Busy:
-    """A replica and the answers under way on it; ``created`` in seconds of any clock."""
+    """A replica, what an hour of it costs, and the answers under way on it.
+
+    ``created`` in seconds of any clock.
+    """
 
     replica_id: str
     streams: int
     serves: bool
     created: float
+    hour_pico: int = 0
 
 
-def to_drain(replicas: Iterable[Busy], count: int) -> list[str]:
-    """Which replicas go: those that do not serve yet, then the emptiest, then the newest."""
-    order = sorted(replicas, key=lambda r: (r.serves, r.streams, -r.created, r.replica_id))
+def to_drain(replicas: Iterable[Busy], count: int, *, dearest: bool = False) -> list[str]:
+    """Which replicas go: those that do not serve yet, then the emptiest, then the newest.
+
+    The ``dearest`` come first where it is about money.
+    """
+    order = sorted(
+        replicas,
+        key=lambda r: (-r.hour_pico * dearest, r.serves, r.streams, -r.created, r.replica_id),
+    )
     return [replica.replica_id for replica in order[:count]]
 
 
 @dataclass(frozen=True, slots=True)
 class Idler:
-    """An idle replica in whose place another pool's may go: ``milli`` of the GPU ``place``."""
+    """An idle replica in whose place another pool's may go: ``milli`` of the GPU ``place``.
+
+    ``back_s``: how long it takes to have it back.
+    """
 
     replica_id: str
     place: str
     milli: int
     idle_s: float
+    back_s: float = 1.0
+
+    @property
+    def worth(self) -> float:
+        """What is idle for long is least likely to be asked soon (least recently used)."""
+        return self.back_s / (1 + self.idle_s)
 
 
-def to_evict(idlers: Iterable[Idler], free_milli: Mapping[str, int], milli: int) -> list[str]:
-    """The idle replicas that must go so that a share of ``milli`` fits some GPU; [] if none do.
+def to_evict(idlers: Iterable[Idler], missing_milli: Mapping[str, int]) -> list[str]:
+    """The idle replicas that must go so that another fits some GPU; [] if none do.
 
-    Of the places where it can fit, the one whose idle replicas are worth least: what is idle for
-    long is least likely to be asked soon (least recently used).
+    ``missing_milli``: how much more would have to be free there, by place. Of the places where it
+    can fit, the one whose idle replicas are worth least.
     """
     by_place: dict[str, list[Idler]] = {}
     for idler in idlers:
         by_place.setdefault(idler.place, []).append(idler)
-    best: tuple[float, str, list[str]] | None = None
-    for place, here in sorted(by_place.items()):
-        free, gone, worth = free_milli.get(place, 0), [], 0.0
-        for idler in sorted(here, key=lambda i: (-i.idle_s, i.replica_id)):
-            if free >= milli:
-                break
-            free += idler.milli
-            gone.append(idler.replica_id)
-            worth += 1 / (1 + idler.idle_s)
-        if free >= milli and gone and (best is None or (worth, place) < best[:2]):
-            best = (worth, place, gone)
-    return best[2] if best is not None else []
+    best: tuple[float, list[str]] | None = None
+    for place, missing in sorted(missing_milli.items()):
+        gone: list[Idler] = []
+        for idler in sorted(by_place.get(place, ()), key=lambda i: (i.worth, i.replica_id)):
+            if sum(other.milli for other in gone) < missing:
+                gone.append(idler)
+        worth = sum(idler.worth for idler in gone)
+        enough = gone and sum(idler.milli for idler in gone) >= missing
+        if enough and (best is None or worth < best[0]):
+            best = (worth, [idler.replica_id for idler in gone])
+    return best[1] if best is not None else []
 
 
 def _shrunk(pool: Snapshot, wanted: Decision) -> Decision:
@@ -327,6 +349,14 @@ def _shrunk(pool: Snapshot, wanted: Decision) -> Decision:
 
 
 def _paid_for(pool: Snapshot) -> int | None:
-    if pool.bounds.spend_max_pico is None or pool.costs.hour_pico == 0:
+    """For how many the budget is enough: the cheapest of those that are there, then more."""
+    if pool.bounds.spend_max_pico is None:
         return None
-    return pool.bounds.spend_max_pico // pool.costs.hour_pico
+    left_pico = pool.bounds.spend_max_pico
+    for count, hour_pico in enumerate(sorted(pool.hours_pico)):
+        left_pico -= hour_pico
+        if left_pico < 0:
+            return count
+    if not pool.next_pico:
+        return None
+    return len(pool.hours_pico) + left_pico // pool.next_pico

@@ -16,6 +16,7 @@ from market.pricing import format_money
 from market.types import Offer, OfferState, Order, Place
 
 MIB_PER_GIB = 1024
+WHOLE_MILLI = 1000
 EPOCH = datetime(1970, 1, 1)
 MICRO = timedelta(microseconds=1)
 
@@ -227,25 +228,34 @@ def takes_pools(offer: Offer, now: datetime) -> bool:
     return offer.state is OfferState.OPEN and offer.available_until is None and begun
 
 
+def share_milli(model: Model, offer: Offer) -> int | None:
+    """The part of one GPU of a node that a pool's replica needs; None if it cannot run on one."""
+    if not offer.gpus or (offer.logical and not model.runs_on_cpu):
+        return None
+    milli = -(-model.memory_mib * 1000 // min(gpu.memory_mib for gpu in offer.gpus))
+    return milli if milli <= WHOLE_MILLI else None
+
+
 def place_pool(
     model: Model,
     replicas: int,
     offers: Sequence[Offer],
-    calendar: Calendar,
+    free_milli: Mapping[str, Sequence[int]],
     cpu_memory_mib: Mapping[str, int],
     now: datetime,
     on_disk: Mapping[str, Collection[str]],
 ) -> tuple[Place, ...] | Misfit:
     """Places for a pool's replicas without an end: shares of GPUs, cheapest first, else CPUs.
 
-    ``cpu_memory_mib`` is what is taken of the memory of nodes without GPUs, by offer. Among equals
-    a node with the model on its disk (``on_disk``, by node) is preferred.
+    By offer, ``free_milli`` is what is free of each GPU without an end, and ``cpu_memory_mib`` what
+    is taken of the memory of nodes without GPUs. Among equals a node with the model on its disk
+    (``on_disk``, by node) is preferred.
     """
     usable = [offer for offer in offers if takes_pools(offer, now)]
     rooms = {
-        o.offer_id: node_room(o, calendar.room(o.node_id, micros(now), None))
-        for o in usable
-        if o.gpus and not (o.logical and not model.runs_on_cpu)
+        offer.offer_id: node_room(offer, free_milli[offer.offer_id])
+        for offer in usable
+        if offer.gpus and not (offer.logical and not model.runs_on_cpu)
     }
     taken = dict(cpu_memory_mib)
     places: list[Place] = []
@@ -268,13 +278,14 @@ def _gpu_place(
     for ask_pico in sorted({offer.ask_pico for offer in offers}):
         options = []
         for offer in (o for o in offers if o.ask_pico == ask_pico and o.offer_id in rooms):
-            share = -(-model.memory_mib * 1000 // min(gpu.memory_mib for gpu in offer.gpus))
-            if share <= 1000:
-                request = ShareRequest(1, share, 0)
-                chosen = placement.choose([rooms[offer.offer_id]], request, ())
-                if chosen is not None:
-                    away = model.name not in on_disk.get(offer.node_id, ())
-                    options.append((share, away, offer.offer_id, offer, chosen))
+            share = share_milli(model, offer)
+            if share is None:
+                continue
+            request = ShareRequest(1, share, 0)
+            chosen = placement.choose([rooms[offer.offer_id]], request, ())
+            if chosen is not None:
+                away = model.name not in on_disk.get(offer.node_id, ())
+                options.append((share, away, offer.offer_id, offer, chosen))
         if options:
             share, _, _, offer, chosen = min(options, key=lambda option: option[:3])
             room = rooms[offer.offer_id]

@@ -18,7 +18,7 @@ from market.config import Config
 from market.leasing import PRODUCER, Leasing
 from market.matching import micros
 from market.ports import Clock
-from market.scheduler.store import State, Store
+from market.scheduler.store import State, Store, Value
 from market.types import (
     ClusterView,
     Deployment,
@@ -27,6 +27,7 @@ from market.types import (
     Lease,
     LeaseState,
     Offer,
+    Place,
     RateCard,
     Replica,
     ReplicaState,
@@ -274,6 +275,33 @@ class Core:
             booking_id = f"{replica.replica_id}/{next(self._numbers)}"
             self.calendar.book(booking_id, place.node_id, places, place.gpu_milli, start, None)
             self._bookings[replica.replica_id] = booking_id
+
+    async def grant(self, replicas: Sequence[Replica], *values: Value) -> None:
+        """Book pools' replicas and store them with ``values``, or nothing. Raises Oversubscribed,
+        or Overloaded if it cannot be stored.
+        """
+        try:
+            for replica in replicas:
+                self.book_replica(replica)
+            await self.store.save([*values, *replicas])
+        except BaseException:
+            for replica in replicas:
+                self.unbook(replica.replica_id, self.clock.now())
+            raise
+
+    def free_milli(self, offer: Offer, leaving: Iterable[Replica] = ()) -> list[int]:
+        """What is free of each of its GPUs without an end, when these replicas have left."""
+        free = list(self.calendar.room(offer.node_id, micros(self.clock.now()), None))
+        for replica in leaving:
+            if replica.place.offer_id == offer.offer_id and has_gpus(replica):
+                for position in matching.positions(offer, replica.place.gpu_indices):
+                    free[position] += replica.place.gpu_milli
+        return free
+
+    def hour_pico(self, place: Place) -> int:
+        """What an hour of a place is offered for."""
+        ask_pico = self.state.offers[place.offer_id].ask_pico
+        return ask_pico * place.gpu_milli * len(place.gpu_indices) // 1000
 
     def unbook(self, name: str, at: datetime) -> None:
         """Nothing of a lease's or replica's booking is left from ``at`` on; no booking is fine."""

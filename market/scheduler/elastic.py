@@ -6,12 +6,13 @@ weights are kept, its GPU is free. It is given up for good when that has cost wh
 
 import logging
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from market import autoscaling, catalog, matching
 from market.autoscaling import Busy, Costs, Decision, Idler, Memory, Signal, Snapshot
 from market.calendar import Oversubscribed
-from market.matching import Misfit, micros
+from market.errors import MarketError
+from market.matching import Misfit
 from market.scheduler.core import Core
 from market.scheduler.forecasts import Forecasts
 from market.scheduler.pools import Pools
@@ -31,14 +32,29 @@ ASLEEP_MEMORY = 0.5
 EVICT_AFTER_S = 3.0
 # Whose replica made room for somebody does not start another ahead of need for so long.
 EVICTED_S = 600.0
+# What leaves makes room soon; what has not left by then is not waited for.
+LEAVES_S = 15.0
+# A replica that failed keeps its place, so that none is tried there, for so long.
+FAILED_S = 600.0
+# Who waits for what cannot start is told after so long, and those who come within it, at once.
+STUCK_S = 30.0
 
-SERVING = (ReplicaState.READY, ReplicaState.STARTING, ReplicaState.WAITING, ReplicaState.FAILED)
+SERVING = (ReplicaState.READY, ReplicaState.STARTING, ReplicaState.WAITING)
 LEAVING = (
     ReplicaState.DRAINING,
     ReplicaState.FALLING_ASLEEP,
     ReplicaState.STOPPING,
     ReplicaState.FREEING,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Stuck:
+    """A pool that is asked for and can have no replica: since when, when last, and why."""
+
+    since_s: float
+    last_s: float
+    reason: str
 
 
 class Elastic:
@@ -52,8 +68,11 @@ class Elastic:
         self._starts = Starts(core, pools)
         self._memories: dict[str, Memory] = {}
         self._draining_since_s: dict[str, float] = {}
+        self._leaving_since_s: dict[str, float] = {}
         self._asleep_since_s: dict[str, float] = {}
+        self._failed_since_s: dict[str, float] = {}
         self._evicted_s: dict[str, float] = {}
+        self._stuck: dict[str, Stuck] = {}
 
     async def round(self) -> None:
         """Bring every pool a step closer to what it needs."""
@@ -61,18 +80,27 @@ class Elastic:
             await self._starts.measure()
             await self._end_drained()
             await self._end_sleepers()
+            await self._end_failed()
             pools = [d for d in self._core.state.deployments.values() if d.mode is Mode.TOKENS]
             for gone in self._memories.keys() - {d.deployment_id for d in pools}:
                 del self._memories[gone]
                 self._evicted_s.pop(gone, None)
+                self._stuck.pop(gone, None)
             for deployment in sorted(pools, key=lambda d: (d.created_at, d.deployment_id)):
                 if not deployment.stopping:
-                    await self._scale(deployment)
+                    await self._scale_guarded(deployment)
 
     def reason(self, deployment_id: str) -> str:
         """Why a pool has as many replicas as it has."""
         memory = self._memories.get(deployment_id)
         return "" if memory is None or memory.decision is None else memory.decision.reason
+
+    def stuck(self, deployment_id: str) -> str:
+        """Why nobody need wait for a pool's first replica; empty if it may come."""
+        stuck, now_s = self._stuck.get(deployment_id), self._core.clock.monotonic()
+        if stuck is None or not stuck.last_s - stuck.since_s >= STUCK_S > now_s - stuck.last_s:
+            return ""
+        return stuck.reason
 
     def starts_in_process(self, replica: Replica) -> bool:
         """See Starts.in_process."""
@@ -80,16 +108,30 @@ class Elastic:
 
     # -- one pool ------------------------------------------------------------------------------
 
+    async def _scale_guarded(self, deployment: Deployment) -> None:
+        """One pool that cannot be scaled must not keep the others from it."""
+        try:
+            await self._scale(deployment)
+        except MarketError as error:
+            logger.warning("scaling %s: %s", deployment.model, error)
+        except Exception:
+            logger.exception("scaling %s failed; the next round tries again", deployment.model)
+
     async def _scale(self, deployment: Deployment) -> None:
         replicas = self._core.replicas_of(deployment.deployment_id)
         present = [r for r in replicas if r.state in SERVING]
+        failed = [r for r in replicas if r.state is ReplicaState.FAILED]
+        asleep = [r for r in replicas if r.state is ReplicaState.ASLEEP]
         decision = self._decide(deployment, present)
-        failed = any(replica.state is ReplicaState.FAILED for replica in present)
-        if decision.replicas > len(present) and not failed:
-            asked = decision.signal is not Signal.FORECAST
-            await self._grow(deployment, decision.replicas - len(present), makes_room=asked)
+        if decision.replicas > len(present):
+            # If more fail than serve it is not their places' fault.
+            if len(failed) <= len(present) + len(asleep) or not failed:
+                asked = decision.signal is not Signal.FORECAST
+                await self._grow(deployment, decision.replicas - len(present), makes_room=asked)
         elif decision.replicas < len(present) and self._shares.heard:
             await self._shrink(present, len(present) - decision.replicas, decision)
+        if decision.signal is Signal.BUDGET and not (present or decision.replicas):
+            self._is_stuck(deployment, decision.reason)
 
     def _decide(self, deployment: Deployment, present: list[Replica]) -> Decision:
         core = self._core
@@ -105,11 +147,20 @@ class Elastic:
             places=core.config.sequences,
             replicas=len(present),
             serving=len(apps),
+            hours_pico=tuple(core.hour_pico(replica.place) for replica in present),
+            next_pico=self._next_pico(deployment),
             speed=memory.speed,
             stretch=self._forecasts.stretch(deployment.model, deployment.bounds, costs),
             ahead=self._ahead(deployment, now_s - memory.used_s, costs, bool(present)),
         )
         return memory.decide(pool, now_s)
+
+    def _next_pico(self, deployment: Deployment) -> int | None:
+        """What an hour of its next replica costs, if that matters."""
+        if deployment.bounds.spend_max_pico is None:
+            return None
+        following = self._pools.next_places(catalog.find(deployment.model))
+        return self._core.hour_pico(following[0]) if following else None
 
     def _ahead(self, deployment: Deployment, idle_s: float, costs: Costs, is_there: bool) -> int:
         """What the time of day asks for; nothing for who has just made room for somebody."""
@@ -136,13 +187,15 @@ class Elastic:
         back = [replace(r, state=ReplicaState.READY, reason="serving") for r in draining[:count]]
         for replica in back:
             self._draining_since_s.pop(replica.replica_id, None)
-        asleep = [r for r in replicas if r.state is ReplicaState.ASLEEP]
-        back += self._woken(asleep, count - len(back))
         if back:
             await self._core.store.save(back)
+        asleep = [r for r in replicas if r.state is ReplicaState.ASLEEP]
+        woken = await self._wake(asleep, count - len(back))
         # Who falls asleep is woken as soon as it sleeps.
         falling = sum(replica.state is ReplicaState.FALLING_ASLEEP for replica in replicas)
-        for _ in range(count - len(back) - falling):
+        for number in range(count - len(back) - woken - falling):
+            if number and deployment.bounds.spend_max_pico is not None:
+                return  # the next one's place may cost more: the next round knows
             misfit = await self._pools.add_replica(deployment.deployment_id)
             if misfit is not None:
                 if makes_room:  # for who asks, not for who is only expected
@@ -156,26 +209,28 @@ class Elastic:
                 self._shares.streams(r.app_name),
                 self._serves(r),
                 r.created_at.timestamp(),
+                self._core.hour_pico(r.place),
             )
             for r in present
         ]
-        await self._drain(autoscaling.to_drain(busy, count), decision.reason)
+        dearest = decision.signal is Signal.BUDGET
+        await self._drain(autoscaling.to_drain(busy, count, dearest=dearest), decision.reason)
 
-    def _woken(self, asleep: list[Replica], count: int) -> list[Replica]:
-        """So many of these, as far as their GPUs have room, on them again."""
-        woken: list[Replica] = []
+    async def _wake(self, asleep: list[Replica], count: int) -> int:
+        """Put so many of these on their GPUs again, as far as those have room; how many."""
+        woken = 0
         for replica in asleep:
-            if len(woken) == count:
+            if woken == count:
                 break
             if not self._takes_pools(replica):
                 continue
             back = replace(replica, state=ReplicaState.STARTING, reason="waking up")
             try:
-                self._core.book_replica(back)
+                await self._core.grant([back])
             except Oversubscribed:
                 continue
             self._starts.wakes(replica)
-            woken.append(back)
+            woken += 1
         return woken
 
     async def _drain(self, names: Iterable[str], reason: str) -> None:
@@ -205,6 +260,23 @@ class Elastic:
                 sleeps = self._may_sleep(replica)
                 to = ReplicaState.FALLING_ASLEEP if sleeps else ReplicaState.STOPPING
                 await self._core.store.save([replace(replica, state=to)])
+
+    async def _end_failed(self) -> None:
+        """Give up what failed a while ago: another may be tried in its place."""
+        now_s = self._core.clock.monotonic()
+        failed = [
+            replica
+            for replica in self._core.in_state(ReplicaState.FAILED)
+            if self._mode(replica) is Mode.TOKENS
+        ]
+        self._failed_since_s = _kept(self._failed_since_s, failed, now_s)
+        for replica in failed:
+            if now_s - self._failed_since_s[replica.replica_id] >= FAILED_S:
+                await self._core.store.save([replace(replica, state=ReplicaState.STOPPING)])
+
+    def _mode(self, replica: Replica) -> Mode | None:
+        deployment = self._core.state.deployments.get(replica.deployment_id)
+        return None if deployment is None else deployment.mode
 
     # -- sleep ---------------------------------------------------------------------------------
 
@@ -250,28 +322,39 @@ class Elastic:
 
     async def _make_room(self, deployment: Deployment, misfit: Misfit) -> None:
         """Put idle replicas of other pools out, if that makes room; a lease's are never touched."""
-        model = catalog.find(deployment.model)
-        chosen: list[str] = []
+        model, now_s = catalog.find(deployment.model), self._core.clock.monotonic()
+        leaving = [r for r in self._core.state.replicas.values() if r.state in LEAVING]
+        self._leaving_since_s = _kept(self._leaving_since_s, leaving, now_s)
+        soon = [r for r in leaving if self._leaves_soon(r, now_s)]
+        missing: dict[str, int] = {}
         for offer in self._core.offers:
-            usable = matching.takes_pools(offer, self._core.clock.now())
-            if not usable or not offer.gpus or (offer.logical and not model.runs_on_cpu):
+            milli = matching.share_milli(model, offer)
+            if milli is None or not matching.takes_pools(offer, self._core.clock.now()):
                 continue
-            milli = -(-model.memory_mib * 1000 // min(gpu.memory_mib for gpu in offer.gpus))
-            if milli > autoscaling.WHOLE_MILLI:
-                continue
-            free = self._free_milli(offer.node_id)
-            if any(left >= milli for left in free.values()):
-                return  # there will be room as soon as what leaves has left
-            here = [idler for idler in self._idlers(deployment) if idler.place in free]
-            chosen = chosen or autoscaling.to_evict(here, free, milli)
+            for gpu, free in zip(offer.gpus, self._core.free_milli(offer, soon), strict=True):
+                missing[f"{offer.node_id}/{gpu.index}"] = milli - free
+        if any(milli <= 0 for milli in missing.values()):
+            return  # there will be room as soon as what leaves has left
+        chosen = autoscaling.to_evict(self._idlers(deployment), missing)
         if chosen:
             logger.info("%s: room for it by %s", deployment.model, ", ".join(chosen))
-            now_s = self._core.clock.monotonic()
             for name in chosen:
                 self._evicted_s[self._core.state.replicas[name].deployment_id] = now_s
             await self._drain(chosen, f"idle, and {deployment.model} needs its GPU")
         else:
             logger.info("%s cannot grow: %s", deployment.model, misfit.reason)
+            self._is_stuck(deployment, misfit.reason)
+
+    def _leaves_soon(self, replica: Replica, now_s: float) -> bool:
+        since_s = self._leaving_since_s[replica.replica_id]
+        return now_s - since_s < LEAVES_S and not self._shares.streams(replica.app_name)
+
+    def _is_stuck(self, deployment: Deployment, reason: str) -> None:
+        now_s = self._core.clock.monotonic()
+        stuck = self._stuck.get(deployment.deployment_id)
+        if stuck is None or now_s - stuck.last_s > 2 * STUCK_S:
+            stuck = Stuck(now_s, now_s, reason)
+        self._stuck[deployment.deployment_id] = replace(stuck, last_s=now_s, reason=reason)
 
     def _idlers(self, growing: Deployment) -> list[Idler]:
         """Replicas of other pools that serve nobody and are more than their pool's minimum."""
@@ -292,6 +375,7 @@ class Elastic:
                 and self._shares.streams(r.app_name) == 0
                 and len(r.place.gpu_indices) == 1
             ]
+            costs = self._starts.costs(deployment, serving)
             for replica in idle[: max(0, len(serving) - deployment.bounds.minimum)]:
                 place = replica.place
                 found.append(
@@ -300,23 +384,10 @@ class Elastic:
                         f"{place.node_id}/{place.gpu_indices[0]}",
                         place.gpu_milli,
                         now_s - memory.used_s,
+                        costs.start_s if costs.wake_s is None else costs.wake_s,
                     )
                 )
         return found
-
-    def _free_milli(self, node_id: str) -> dict[str, int]:
-        """Free milli by "node/GPU", with what is about to leave."""
-        core = self._core
-        offer = next(offer for offer in core.offers if offer.node_id == node_id)
-        room = core.calendar.room(node_id, micros(core.clock.now()), None)
-        free = {
-            f"{node_id}/{gpu.index}": milli for gpu, milli in zip(offer.gpus, room, strict=True)
-        }
-        for replica in core.state.replicas.values():
-            if replica.state in LEAVING and replica.place.node_id == node_id:
-                for index in replica.place.gpu_indices:
-                    free[f"{node_id}/{index}"] += replica.place.gpu_milli
-        return free
 
 
 def _kept(since_s: dict[str, float], replicas: list[Replica], now_s: float) -> dict[str, float]:

@@ -297,9 +297,14 @@ class Orders:
         lease = core.book_lease(self._make(match, self._fresh_id(now)))
         try:
             lease = await core.leasing.hold_first(lease, now)
-        except BaseException:
+            matched = await self._keep(order, lease, now)
+        except BaseException:  # a hold without a lease is given back later
             core.unbook(lease.lease_id, lease.start)
             raise
+        crash.reach("order-granted")
+        return matched
+
+    async def _keep(self, order: Order, lease: Lease, now: datetime) -> Order:
         matched = replace(order, state=OrderState.MATCHED, reason="", lease_id=lease.lease_id)
         deployment = Deployment(
             deployment_id=lease.lease_id,
@@ -313,8 +318,7 @@ class Orders:
             policy=order.policy,
         )
         replicas = [self._replica(lease, "ordered")] if lease.gpu_indices else []
-        await core.store.save([matched, lease, deployment, *replicas])
-        crash.reach("order-granted")
+        await self._core.store.save([matched, lease, deployment, *replicas])
         return matched
 
     def _fresh_id(self, now: datetime) -> str:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -10,6 +10,7 @@ from market import catalog, matching
 from market.catalog import Model
 from market.errors import Conflict, InvalidRequest, NoCapacity
 from market.matching import Misfit
+from market.pricing import format_money
 from market.scheduler.core import Core
 from market.types import Bounds, Deployment, Mode, Offer, Place, Replica, ReplicaState
 
@@ -38,17 +39,22 @@ class Pools:
         async with core.lock:
             for known in core.state.deployments.values():
                 if known.model == model.name and known.mode is Mode.TOKENS:
-                    _require_same(known, core.replicas_of(known.deployment_id), engine)
+                    there = core.replicas_of(known.deployment_id)
+                    _require_same(known, there, engine)
+                    self._require_paid(bounds, model, [replica.place for replica in there])
                     changed = replace(known, bounds=bounds)
                     if changed != known and not dry_run:
                         await core.store.save([changed])
-                    return changed, tuple(core.replicas_of(known.deployment_id))
+                    return changed, tuple(there)
             lent = core.lent(model.name)
             if lent and bounds.minimum == 0:  # leases' idle time can be sold, if nothing else
                 places: tuple[Place, ...] = ()
                 engine = engine or lent[0].engine
-            else:  # also one that begins with none must fit somewhere
-                places = self._pool_places(model, max(1, bounds.minimum))
+            elif bounds.minimum == 0:  # it must fit where idle pools make room
+                places = self._pool_places(model, 1, emptied=True)
+                self._require_paid(bounds, model, places)
+            else:
+                places = self._pool_places(model, bounds.minimum)
             if engine is None:
                 physical = [p for p in places if self._is_physical(p)]
                 engine = "vllm" if physical and not model.embeds else "transformers"
@@ -59,9 +65,7 @@ class Pools:
                 for number, place in enumerate(places[: bounds.minimum])
             ]
             if not dry_run:
-                for replica in fresh:
-                    core.book_replica(replica)
-                await core.store.save([deployment, *fresh])
+                await core.grant(fresh, deployment)
             return deployment, tuple(fresh)
 
     async def add_replica(self, deployment_id: str) -> Misfit | None:
@@ -113,9 +117,8 @@ class Pools:
 
     async def _add(self, deployment: Deployment, place: Place, *gone: Replica) -> None:
         fresh = self._pool_replica(deployment, place, deployment.made)
-        self._core.book_replica(fresh)
         counted = replace(deployment, made=deployment.made + 1)
-        await self._core.store.save([*gone, counted, fresh])
+        await self._core.grant([fresh], *gone, counted)
 
     def _deployment(self, model: Model, engine: str, bounds: Bounds) -> Deployment:
         now = self._core.clock.now()
@@ -139,31 +142,60 @@ class Pools:
             created_at=self._core.clock.now(),
         )
 
-    def _pool_places(self, model: Model, replicas: int) -> tuple[Place, ...]:
-        found = self.places(model, replicas)
+    def _pool_places(
+        self, model: Model, replicas: int, *, emptied: bool = False
+    ) -> tuple[Place, ...]:
+        found = self.places(model, replicas, emptied=emptied)
         if isinstance(found, Misfit):
             fits = [
                 other.name
                 for other in catalog.models()
-                if not isinstance(self.places(other, 1), Misfit)
+                if not isinstance(self.places(other, 1, emptied=emptied), Misfit)
             ]
             others = [name for name in fits if name != model.name]
             hint = f"; what would fit: {', '.join(others)}" if others else ""
             raise NoCapacity(found.reason + hint)
         return found
 
-    def places(self, model: Model, replicas: int) -> tuple[Place, ...] | Misfit:
-        """Where so many replicas would go right now, or why they cannot."""
+    def places(
+        self, model: Model, replicas: int, *, emptied: bool = False
+    ) -> tuple[Place, ...] | Misfit:
+        """Where so many replicas would go right now, or why they cannot.
+
+        With ``emptied``, as if no pool had any.
+        """
         core = self._core
-        taken: dict[str, int] = defaultdict(int)
+        pools, taken = [], defaultdict[str, int](int)
         for replica in core.state.replicas.values():
             deployment = core.state.deployments.get(replica.deployment_id)
-            if deployment is not None and not replica.place.gpu_indices:
-                taken[replica.place.offer_id] += catalog.find(deployment.model).memory_mib
+            if deployment is not None and deployment.mode is Mode.TOKENS:
+                pools.append(replica)
+                if not replica.place.gpu_indices and not emptied:
+                    taken[replica.place.offer_id] += catalog.find(deployment.model).memory_mib
+        leaving = pools if emptied else []
+        free = {offer.offer_id: core.free_milli(offer, leaving) for offer in core.offers}
         now = core.clock.now()
-        return matching.place_pool(
-            model, replicas, core.offers, core.calendar, taken, now, core.on_disk
-        )
+        return matching.place_pool(model, replicas, core.offers, free, taken, now, core.on_disk)
+
+    def _require_paid(self, bounds: Bounds, model: Model, places: Iterable[Place]) -> None:
+        """Raises InvalidRequest if a budget pays for none of these, nor for the next."""
+        most_pico = bounds.spend_max_pico
+        both = (*places, *self.next_places(model))
+        cheapest_pico = min((self._core.hour_pico(place) for place in both), default=0)
+        if most_pico is not None and most_pico < cheapest_pico and not bounds.minimum:
+            raise InvalidRequest(
+                f"max_spend: {format_money(most_pico)} an hour pays for no replica; the cheapest "
+                f"costs {format_money(cheapest_pico)}",
+                param="max_spend",
+            )
+
+    def next_places(self, model: Model) -> tuple[Place, ...]:
+        """Where the next replica goes, or would if others made room; () if it fits nowhere."""
+        for emptied in (False, True):
+            found = self.places(model, 1, emptied=emptied)
+            if not isinstance(found, Misfit):
+                return found
+        return ()
 
     def _is_physical(self, place: Place) -> bool:
         offer = self._core.state.offers[place.offer_id]

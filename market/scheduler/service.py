@@ -340,13 +340,14 @@ class Scheduler:
                 ready.extend(self._route(deployment, replica) for replica in serving)
             else:
                 state, why = deployment_state(deployment, replicas)
+                stuck = self._elastic.stuck(deployment.deployment_id)
                 starting.append(
                     NotReady(
                         deployment.model,
                         deployment.deployment_id,
                         deployment.tenant_id,
-                        f"{state}, {why}",
-                        wakes=deployment.bounds.minimum == 0 and state in WAKING,
+                        stuck or f"{state}, {why}",
+                        wakes=deployment.bounds.minimum == 0 and state in WAKING and not stuck,
                     )
                 )
             if lease is None and deployment.model in known:
@@ -442,8 +443,8 @@ def deployment_state(
         (ReplicaState.READY, DeploymentState.READY),
         (ReplicaState.STARTING, DeploymentState.STARTING),
         (ReplicaState.WAITING, DeploymentState.WAITING),
-        (ReplicaState.FAILED, DeploymentState.FAILED),
         (ReplicaState.ASLEEP, DeploymentState.ASLEEP),
+        (ReplicaState.FAILED, DeploymentState.FAILED),
     )
     for seen, state in order:
         found = [replica for replica in replicas if replica.state is seen]

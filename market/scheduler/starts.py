@@ -3,7 +3,6 @@
 from market import catalog
 from market.autoscaling import Costs
 from market.catalog import Model
-from market.matching import Misfit
 from market.scheduler.core import Core
 from market.scheduler.pools import Pools
 from market.types import Deployment, Replica, ReplicaState, StartCost, StartFrom
@@ -26,6 +25,7 @@ class Starts:
         self._core = core
         self._pools = pools
         self._starting: dict[str, tuple[float, StartFrom]] = {}
+        self._known: set[str] | None = None
 
     def wakes(self, replica: Replica) -> None:
         """It begins to wake now."""
@@ -33,8 +33,8 @@ class Starts:
 
     def in_process(self, replica: Replica) -> bool:
         """Whether it starts in a process that was there: a spare one, or its own that slept."""
-        _, begun = self._starting.get(replica.replica_id, (0.0, self._begun_from(replica)))
-        return begun in (StartFrom.SPARE, StartFrom.ASLEEP)
+        _, begun = self._starting.get(replica.replica_id, (0.0, None))
+        return bool(replica.process) or begun is StartFrom.ASLEEP
 
     def costs(self, deployment: Deployment, present: list[Replica]) -> Costs:
         """What a replica costs an hour, to start and to wake: of those ``present``, or of one where
@@ -42,14 +42,7 @@ class Starts:
         """
         model = catalog.find(deployment.model)
         offers = self._core.state.offers
-        places = [replica.place for replica in present]
-        if not places:
-            found = self._pools.places(model, 1)
-            places = [] if isinstance(found, Misfit) else list(found)
-        hours = [
-            offers[place.offer_id].ask_pico * place.gpu_milli * len(place.gpu_indices) // 1000
-            for place in places
-        ]
+        places = [replica.place for replica in present] or self._pools.next_places(model)
         gpu_types = {offers[place.offer_id].gpu_type for place in places}
 
         def cost_s(begun: StartFrom) -> float:
@@ -67,18 +60,31 @@ class Starts:
         physical = [offers[place.offer_id] for place in places if place.gpu_indices]
         can = [self._core.cluster.can_sleep(deployment.engine, offer) for offer in physical]
         return Costs(
-            max(hours, default=0),
+            max((self._core.hour_pico(place) for place in places), default=0),
             cost_s(StartFrom.SPARE if self._core.config.spares else StartFrom.COLD),
             cost_s(StartFrom.ASLEEP) if can and all(can) else None,
         )
 
     async def measure(self) -> None:
-        """Keep how long starts take, as a moving mean, by model, engine, type of GPU and state."""
+        """Keep how long starts take, as a moving mean, by model, engine, type of GPU and state.
+
+        Of replicas that are new, or wake, on nodes that have the model: not of one whose node was
+        out of sight, nor of a download.
+        """
         core, now_s = self._core, self._core.clock.monotonic()
         begun, self._starting = self._starting, {}
+        old = core.state.replicas.keys() if self._known is None else self._known
+        waiting = {replica.replica_id for replica in core.in_state(ReplicaState.WAITING)}
         for replica in core.in_state(ReplicaState.STARTING):
-            fresh = now_s, self._begun_from(replica)
-            self._starting[replica.replica_id] = begun.pop(replica.replica_id, fresh)
+            name = replica.replica_id
+            if name in begun:
+                since_s, start_from = begun.pop(name)
+                if replica.process and start_from is not StartFrom.ASLEEP:
+                    start_from = StartFrom.SPARE  # it was given one only now
+                self._starting[name] = since_s, start_from
+            elif name not in old and self._has_files(replica):
+                self._starting[name] = now_s, self._begun_from(replica)
+        self._known = set(core.state.replicas) - waiting
         for name, (since_s, start_from) in begun.items():
             started = core.state.replicas.get(name)
             if started is None or started.state is not ReplicaState.READY:
@@ -93,6 +99,11 @@ class Starts:
             mean_s = took_s if known is None else known.seconds + NEWEST * (took_s - known.seconds)
             count = 1 if known is None else known.count + 1
             await core.store.save([StartCost(start_id, mean_s, count, core.clock.now())])
+
+    def _has_files(self, replica: Replica) -> bool:
+        deployment = self._core.state.deployments.get(replica.deployment_id)
+        there = self._core.on_disk.get(replica.place.node_id)
+        return deployment is not None and (there is None or deployment.model in there)
 
     def _begun_from(self, replica: Replica) -> StartFrom:
         if replica.process:

@@ -19,6 +19,11 @@ def asked(pool=POOL, **demand):
     return replace(pool, demand=Demand(**demand))
 
 
+def priced(pool):
+    """All its replicas, and the next, at one price."""
+    return replace(pool, hours_pico=(HOUR_PICO,) * pool.replicas, next_pico=HOUR_PICO)
+
+
 class TestUp:
     def test_one_request_wakes_a_cold_pool(self):
         cold = replace(POOL, replicas=0, serving=0, peak=0)
@@ -46,14 +51,23 @@ class TestUp:
     def test_bounds_and_budget_end_it(self):
         decision = decide(asked(running=500))
         assert (decision.replicas, decision.signal) == (8, Signal.BOUNDS)
-        poor = replace(POOL, bounds=Bounds(0, 8, spend_max_pico=3 * HOUR_PICO + 1))
+        poor = priced(replace(POOL, bounds=Bounds(0, 8, spend_max_pico=3 * HOUR_PICO + 1)))
         decision = decide(asked(poor, running=500))
         assert (decision.replicas, decision.signal) == (3, Signal.BUDGET)
         assert "pays for 3" in decision.reason
 
     def test_minimum_comes_before_the_budget(self):
-        poor = replace(POOL, bounds=Bounds(2, 8, spend_max_pico=HOUR_PICO))
+        poor = priced(replace(POOL, bounds=Bounds(2, 8, spend_max_pico=HOUR_PICO)))
         assert decide(asked(poor, running=500)).replicas == 2
+
+    def test_budget_counts_what_is_there_at_its_own_prices(self):
+        """One more is paid for at its place's price, and those that are there stay."""
+        bounds = Bounds(0, 8, spend_max_pico=5)
+        two = replace(POOL, bounds=bounds, replicas=2, hours_pico=(3, 1), next_pico=1)
+        assert decide(asked(two, running=500)).replicas == 3
+        assert decide(asked(replace(two, next_pico=2), running=500)).replicas == 2
+        assert decide(asked(replace(two, next_pico=None), running=500)).replicas == 8
+        assert decide(asked(replace(two, hours_pico=(3, 3)), running=500)).replicas == 1
 
 
 class TestLimits:
@@ -112,7 +126,7 @@ class TestAhead:
         assert decide(replace(idle, stretch=0.5)).replicas == 0
 
     def test_bounds_and_budget_hold_all_the_same(self):
-        paid = replace(POOL, bounds=Bounds(0, 8, spend_max_pico=HOUR_PICO), ahead=4)
+        paid = priced(replace(POOL, bounds=Bounds(0, 8, spend_max_pico=HOUR_PICO), ahead=4))
         assert decide(paid).signal is Signal.BUDGET
         assert decide(paid).replicas == 1
 
@@ -154,54 +168,71 @@ demands = st.builds(
     waiting=st.integers(0, 300),
     cold=st.integers(0, 300),
     finished_per_s=st.floats(0, 100),
+    work_per_s=st.floats(0, 10_000),
+    asked_per_s=st.floats(0, 10_000),
+    kv_used=st.floats(0, 1),
 )
+prices = st.integers(0, 5 * HOUR_PICO)
 
 
-@given(
-    demand=demands,
-    least=st.integers(0, 5),
-    more=st.integers(0, 20),
-    replicas=st.integers(0, 30),
-    serving=st.integers(0, 30),
-    peak=st.integers(0, 30),
-    idle_s=st.floats(0, 10_000),
-    spend=st.none() | st.integers(0, 20 * HOUR_PICO),
-)
-def test_never_out_of_bounds_and_never_none_for_who_is_served(
-    demand, least, more, replicas, serving, peak, idle_s, spend
-):
-    most = max(1, least + more)
-    pool = Snapshot(
-        Bounds(least, most, spend),
-        COSTS,
-        demand,
-        10,
-        replicas,
-        min(serving, replicas),
-        peak,
-        idle_s,
+@st.composite
+def snapshots(draw):
+    least, more = draw(st.integers(0, 5)), draw(st.integers(0, 20))
+    hours = tuple(draw(st.lists(prices, max_size=30)))
+    return Snapshot(
+        bounds=Bounds(least, max(1, least + more), draw(st.none() | prices)),
+        costs=COSTS,
+        demand=draw(demands),
+        places=10,
+        replicas=len(hours),
+        serving=draw(st.integers(0, len(hours))),
+        hours_pico=hours,
+        next_pico=draw(st.none() | prices),
+        speed=draw(st.floats(0, 1_000)),
+        ahead=draw(st.integers(0, 3)),
+        stretch=draw(st.floats(0.5, 4)),
+        peak=draw(st.integers(0, 30)),
+        idle_s=draw(st.floats(0, 10_000)),
     )
-    decision = decide(pool)
-    assert least <= decision.replicas <= most
+
+
+@given(snapshots())
+def test_never_out_of_bounds_and_never_none_for_who_is_served(pool):
+    decision, bounds = decide(pool), pool.bounds
+    assert bounds.minimum <= decision.replicas <= bounds.maximum
     assert decision.reason
-    if spend is None and not demand.idle:
-        assert decision.replicas >= 1
-    if spend is not None:
-        assert decision.replicas <= max(least, spend // HOUR_PICO)
+    if bounds.spend_max_pico is None:
+        assert decision.replicas >= 1 or pool.demand.idle
+        return
+    kept = sorted(pool.hours_pico)[: decision.replicas]
+    more = (decision.replicas - len(kept)) * (pool.next_pico or 0)
+    assert sum(kept) + more <= bounds.spend_max_pico or decision.replicas <= bounds.minimum
 
 
-def test_load_that_comes_and_goes_does_not_flap():
-    """A burst every 30 s: once up, it stays up."""
-    replicas, starts, recent = 1, 0, []
-    for second in range(600):
-        running = 40 if second % 30 < 5 else 2
-        pool = asked(replace(POOL, replicas=replicas, serving=replicas), running=running)
-        recent.append((second, autoscaling.needed(pool).replicas))
-        peak = max(n for at, n in recent if at > second - autoscaling.stable_s(COSTS))
-        wanted = decide(replace(pool, peak=peak)).replicas
-        starts += max(0, wanted - replicas)
-        replicas = wanted
-    assert (replicas, starts) == (5, 4)
+@pytest.mark.parametrize(
+    ("of_one", "replicas"),
+    [
+        # A burst of requests every 30 s; all else steadily asks for 90 % of one replica.
+        (lambda second, n: {"running": 40 if second % 30 < 5 else 2}, 5),
+        (lambda _, n: {"running": 1, "kv_used": 0.9 / n}, 2),
+        (lambda _, n: {"running": 1, "work_per_s": 90.0}, 2),
+        (lambda _, n: {"running": 1, "asked_per_s": 90.0}, 2),
+    ],
+)
+def test_steady_load_and_one_that_comes_and_goes_do_not_flap(of_one, replicas):
+    memory, there, starts = autoscaling.Memory(0.0), 1, 0
+    for second in range(1800):
+        pool = replace(POOL, replicas=there, serving=there, speed=100.0)
+        wanted = memory.decide(asked(pool, **of_one(second, there)), float(second)).replicas
+        starts += max(0, wanted - there)
+        there = wanted
+    assert (there, starts) == (replicas, replicas - 1)
+
+
+def test_what_is_there_is_kept_for_a_while_by_who_remembers_nothing():
+    memory, pool = autoscaling.Memory(0.0), replace(POOL, replicas=4, serving=4)
+    assert memory.decide(asked(pool, running=1), 0.0).replicas == 4
+    assert memory.decide(asked(pool, running=1), autoscaling.STABLE_S + 1).replicas == 1
 
 
 class TestWho:
@@ -213,6 +244,8 @@ class TestWho:
             Busy("starts", 0, False, 4.0),
         ]
         assert autoscaling.to_drain(replicas, 3) == ["starts", "new", "old"]
+        replicas.append(Busy("dear", 9, True, 5.0, hour_pico=3))
+        assert autoscaling.to_drain(replicas, 2, dearest=True) == ["dear", "starts"]
 
     def test_least_recently_used_makes_room_and_no_more_than_needed(self):
         idlers = [
@@ -220,10 +253,15 @@ class TestWho:
             Idler("b", "n/0", 300, 500),
             Idler("c", "n/0", 300, 90),
         ]
-        assert autoscaling.to_evict(idlers, {"n/0": 100}, 400) == ["b"]
-        assert autoscaling.to_evict(idlers, {"n/0": 100}, 700) == ["b", "c"]
-        assert autoscaling.to_evict(idlers, {"n/0": 0}, 1000) == []
+        assert autoscaling.to_evict(idlers, {"n/0": 300}) == ["b"]
+        assert autoscaling.to_evict(idlers, {"n/0": 600}) == ["b", "c"]
+        assert autoscaling.to_evict(idlers, {"n/0": 1000}) == []
 
     def test_gpu_whose_replicas_are_worth_least(self):
         idlers = [Idler("a", "n/0", 500, 10), Idler("b", "n/1", 500, 900)]
-        assert autoscaling.to_evict(idlers, {"n/0": 0, "n/1": 0}, 500) == ["b"]
+        assert autoscaling.to_evict(idlers, {"n/0": 500, "n/1": 500}) == ["b"]
+        assert autoscaling.to_evict(idlers, {"n/0": 100, "n/1": 600}) == ["a"]
+
+    def test_what_is_back_soon_is_worth_less(self):
+        idlers = [Idler("a", "n/0", 500, 60, back_s=300), Idler("b", "n/0", 500, 50, back_s=2)]
+        assert autoscaling.to_evict(idlers, {"n/0": 500}) == ["b"]

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from market import catalog
+from market import catalog, matching
 from market.errors import (
     InvalidRequest,
     NoCapacity,
+    Overloaded,
 )
 from market.fairness import PoolReport
 from market.forecast import BUCKET_S, DAY
@@ -115,7 +116,84 @@ class TestElasticPools:
             (deployment, _) = (await scheduler.deployments())[0]
             assert "budget" in scheduler._elastic.reason(deployment.deployment_id)
 
-    async def test_failed_replica_is_not_started_again_and_again(self, box):
+    async def test_budget_buys_the_dear_one_beside_the_cheap_one_or_neither(self, farm):
+        """What is there counts at its own price: nothing is started only to be stopped."""
+        cheap = replace(FARM, gpus=(Gpu(0, "a10", 1_200),))
+        dear = replace(cheap, offer_id="dear", node_id="dear", ask_pico=4 * 10**12)
+        farm.offers, farm.cluster.nodes = [cheap, dear], {"farm", "dear"}
+        async with farm.opened() as scheduler:
+            milli = matching.share_milli(catalog.find("tiny-qwen"), cheap)
+            hours = [offer.ask_pico * milli // 1000 for offer in (cheap, dear)]
+            demands = Demands(farm, scheduler)
+            for spend_max_pico, nodes in (
+                (sum(hours) - 1, {"farm"}),
+                (sum(hours), {"farm", "dear"}),
+            ):
+                await pool(scheduler, minimum=0, maximum=6, spend_max_pico=spend_max_pico)
+                await demands(2, cold={"tiny-qwen": 1})
+                await demands(20, tiny_qwen=600)
+                assert {r.place.node_id for r in scheduler._core.state.replicas.values()} == nodes
+                (deployment,) = scheduler._core.state.deployments.values()
+                assert deployment.made == len(nodes)
+
+    async def test_budget_that_pays_for_none_is_refused_and_nobody_waits_for_it(self, farm):
+        async with farm.opened() as scheduler:
+            with pytest.raises(InvalidRequest, match=r"the cheapest costs 0\.042"):
+                await pool(scheduler, minimum=0, maximum=2, spend_max_pico=10**9)
+            await pool(scheduler, minimum=0, maximum=2, spend_max_pico=10**11)
+            await scheduler.offer(replace(FARM, ask_pico=10 * FARM.ask_pico))  # dearer since
+            demands = Demands(farm, scheduler)
+            await demands(2, cold={"tiny-qwen": 1})
+            assert (await scheduler.routes()).starting[0].wakes  # it may come
+            await demands(40, cold={"tiny-qwen": 1})
+            (entry,) = (await scheduler.routes()).starting
+            assert not entry.wakes
+            assert "budget pays for 0" in entry.reason
+            await demands(40)
+            assert (await scheduler.routes()).starting[0].wakes  # prices may have changed
+
+    async def test_what_cannot_be_stored_takes_no_gpu(self, farm, monkeypatch):
+        async with farm.opened() as scheduler:
+            await pool(scheduler, minimum=0, maximum=8)
+            demands = Demands(farm, scheduler)
+
+            async def full(*_, **__):
+                raise Overloaded("the disk is full", retry_after_s=1)
+
+            with monkeypatch.context() as patched:
+                patched.setattr(scheduler._store, "save", full)
+                await demands(5, cold={"tiny-qwen": 1})
+            assert scheduler._core.free_milli(FARM) == [1000, 1000]
+            await demands(2, cold={"tiny-qwen": 1})
+            assert len((await scheduler.routes()).ready) == 1
+
+    async def test_failed_replica_keeps_its_place_and_others_do_its_work(self, farm):
+        async with farm.opened() as scheduler:
+            demands = Demands(farm, scheduler)
+            await pool(scheduler, minimum=1, maximum=4)
+            await demands(2)
+            farm.cluster.instant = False
+            await demands(2, tiny_qwen=200)
+            (started,) = scheduler._core.in_state(ReplicaState.STARTING)
+            farm.cluster.apps[started.app_name] = AppStatus(None, True, "no memory")
+            farm.cluster.instant = True
+            await demands(10, tiny_qwen=200)
+            assert len((await scheduler.routes()).ready) == 2
+            (failed,) = scheduler._core.in_state(ReplicaState.FAILED)
+            assert failed.replica_id == started.replica_id
+            await demands(600, tiny_qwen=200)
+            assert failed.replica_id not in scheduler._core.state.replicas
+
+    async def test_pool_whose_model_is_known_no_more_does_not_stop_others(self, farm, monkeypatch):
+        async with farm.opened() as scheduler:
+            await pool(scheduler, "tiny-embed", minimum=0, maximum=1)
+            await pool(scheduler, minimum=0, maximum=1)
+            others = tuple(m for m in catalog.models() if m.name != "tiny-embed")
+            monkeypatch.setattr(catalog, "models", lambda: others)
+            await Demands(farm, scheduler)(3, cold={"tiny-qwen": 1})
+            assert [r.model for r in (await scheduler.routes()).ready] == ["tiny-qwen"]
+
+    async def test_failed_replica_is_replica_is_not_started_again_and_again(self, box):
         async with box.opened() as scheduler:
             demands = Demands(box, scheduler)
             await pool(scheduler, minimum=0, maximum=3)
@@ -158,6 +236,47 @@ class TestElasticPools:
                 ready = [r.model for r in (await scheduler.routes()).ready if r.lease_id is None]
                 assert ready == [asked], other
             assert (await scheduler.lease(booked.lease_id)).state is LeaseState.ACTIVE
+
+    async def test_of_all_nodes_the_one_idle_for_longest_makes_room(self, farm):
+        """A pool that finds no room now may be opened all the same."""
+        small = replace(FARM, gpus=(Gpu(0, "a10", 1500),))
+        farm.offers = [replace(small, offer_id=n, node_id=n) for n in ("a", "b")]
+        farm.cluster.nodes = {"a", "b"}
+        async with farm.opened() as scheduler:
+            demands = Demands(farm, scheduler)
+            for model in ("tiny-qwen", "tiny-embed"):
+                await pool(scheduler, model, minimum=0, maximum=1)
+            await demands(3, cold={"tiny-qwen": 1})
+            await demands(3, cold={"tiny-embed": 1})
+            homes = {r.model: r for r in (await scheduler.routes()).ready}
+            assert {route.node_id for route in homes.values()} == {"a", "b"}
+            older = min(homes.values(), key=lambda route: route.node_id)
+            younger = max(homes.values(), key=lambda route: route.node_id)
+            await demands(3, **{older.model.replace("-", "_"): 1})
+            await demands(10)
+            await pool(scheduler, "smollm2-135m", minimum=0, maximum=1)
+            await demands(14, cold={"smollm2-135m": 1})
+            ready = {r.model for r in (await scheduler.routes()).ready}
+            assert ready == {older.model, "smollm2-135m"}
+            assert younger.model not in ready
+
+    async def test_room_is_made_elsewhere_if_an_answer_keeps_what_is_about_to_leave(self, farm):
+        small = replace(FARM, gpus=tuple(Gpu(n, "a10", 1500) for n in (0, 1)))
+        farm.offers = [small]
+        async with farm.opened() as scheduler:
+            demands = Demands(farm, scheduler)
+            for model in ("tiny-qwen", "tiny-embed", "smollm2-135m"):
+                await pool(scheduler, model, minimum=0, maximum=1)
+            await demands(3, cold={"tiny-qwen": 1})
+            await demands(3, cold={"tiny-embed": 1})
+            await scheduler.undeploy("tiny-qwen", None)
+            app = {r.model: r.app_name for r in (await scheduler.routes()).ready}["tiny-embed"]
+            (leaves,) = [r for r in scheduler._core.state.replicas.values() if r.app_name != app]
+            draining = replace(leaves, state=ReplicaState.DRAINING)
+            await scheduler._store.save([draining])
+            await demands(14, cold={"smollm2-135m": 1}, streams={leaves.app_name: 1})
+            ready = {r.model for r in (await scheduler.routes()).ready}
+            assert ready == {"smollm2-135m"}
 
 
 @pytest.fixture

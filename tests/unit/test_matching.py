@@ -320,7 +320,8 @@ class TestPool:
 
     def places(self, model, replicas, *offers, calendar=None, cpu=None, on_disk=None):
         calendar = calendar or calendar_of(*offers)
-        return place_pool(model, replicas, offers, calendar, cpu or {}, NOON, on_disk or {})
+        free = {o.offer_id: calendar.room(o.node_id, micros(NOON), None) for o in offers}
+        return place_pool(model, replicas, offers, free, cpu or {}, NOON, on_disk or {})
 
     def test_share_follows_from_memory(self):
         assert self.places(QWEN, 1, offer()) == (Place("server", "server", (0,), 706),)
