@@ -6,7 +6,7 @@ Each part may fail alone; the next round tries again. Nothing here is in a reque
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -43,6 +43,9 @@ ROUND_S = 0.5
 # Rounds follow each other as fast as this while somebody waits for a model to start.
 HURRY_S = 0.1
 LOOK_TIMEOUT_S = 10.0
+# A round waits so long for what nodes say; one that says nothing is asked again after a while.
+ANSWER_PATIENCE_S = 1.0
+SILENT_RETRY_S = 15.0
 FUNDS_RETRY_S = 2.0
 SEND_MAX = 1024
 REJOIN_S = 90.0
@@ -84,6 +87,8 @@ class Keeper:
         self._sending: asyncio.Task[None] | None = None
         self._swept: set[str] = set()
         self._nodes_seen: set[str] = set()
+        self._asking: dict[str, asyncio.Task[Any]] = {}
+        self._silent_s: dict[str, float] = {}
         self._tidied_s = float("-inf")
 
     async def run_forever(self) -> None:
@@ -127,9 +132,10 @@ class Keeper:
 
     async def stop(self) -> None:
         """End what is under way."""
-        for task in self._working.values():
+        tasks = [*self._working.values(), *self._asking.values()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._working.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def sight(self, lease: Lease, view: ClusterView | None = None) -> Sight:
         """What is seen of a lease's replica, now or in the last view."""
@@ -323,24 +329,43 @@ class Keeper:
         """Processes and memory of nodes where a GPU is being freed, or that have come back."""
         freeing = [r for r in self._core.state.replicas.values() if r.state is ReplicaState.FREEING]
         offers = [o for o in self._core.offers if o.state in (OfferState.OPEN, OfferState.DRAINING)]
-        nodes = {r.place.node_id for r in freeing} | {o.node_id for o in offers} - self._swept
         alive = {o.node_id for o in offers}
+        nodes = {r.place.node_id for r in freeing} | alive - self._swept
+        clock_s = self._core.clock.monotonic()
+        self._asking = {name: task for name, task in self._asking.items() if not task.done()}
+        self._silent_s = {n: s for n, s in self._silent_s.items() if clock_s - s < SILENT_RETRY_S}
+        asked = {
+            node_id: asyncio.create_task(self._ask_node(node_id, freeing))
+            for node_id in sorted(nodes & alive - self._asking.keys() - self._silent_s.keys())
+        }
+        self._asking |= asked
+        if asked:
+            await asyncio.wait(asked.values(), timeout=ANSWER_PATIENCE_S)
         residents: dict[str, frozenset[str]] = {}
         taken: set[tuple[str, int]] = set()
-        for node_id in sorted(nodes & alive):
-            others = self._others_milli(node_id)
-            gpus = {i: others.get(i, 0) for r in freeing for i in r.place.gpu_indices
-                    if r.place.node_id == node_id}  # fmt: skip
-            try:
-                found = await asyncio.to_thread(self._core.cluster.residents, node_id)
-                used = await asyncio.to_thread(self._core.cluster.memory_taken, node_id, gpus)
-            except MarketError as error:
-                logger.warning("node %s: %s", node_id, error.message)
+        for node_id, task in asked.items():
+            answer = task.result() if task.done() else None
+            if answer is None:
+                self._silent_s[node_id] = clock_s
                 continue
-            residents[node_id] = found
-            taken.update((node_id, index) for index in used)
+            residents[node_id] = answer[0]
+            taken.update((node_id, index) for index in answer[1])
             self._swept.add(node_id)
         return residents, frozenset(taken)
+
+    async def _ask_node(
+        self, node_id: str, freeing: Sequence[Replica]
+    ) -> tuple[frozenset[str], frozenset[int]] | None:
+        """The replicas with processes there, and the GPUs being freed that are in use."""
+        others, cluster = self._others_milli(node_id), self._core.cluster
+        gpus = {i: others.get(i, 0) for r in freeing for i in r.place.gpu_indices
+                if r.place.node_id == node_id}  # fmt: skip
+        try:
+            found = await asyncio.to_thread(cluster.residents, node_id)
+            return found, await asyncio.to_thread(cluster.memory_taken, node_id, gpus)
+        except MarketError as error:
+            logger.warning("node %s: %s", node_id, error.message)
+            return None
 
     def _others_milli(self, node_id: str) -> dict[int, int]:
         """Shares of a node's GPUs that running replicas may use."""

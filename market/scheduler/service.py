@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -56,6 +57,7 @@ from market.types import (
 logger = logging.getLogger(__name__)
 
 CLOSED_SHOWN = 50
+CALLS_AT_ONCE = 64
 # Deployments that scale to zero are waited for in these states.
 WAKING = (
     DeploymentState.COLD,
@@ -111,6 +113,8 @@ class Scheduler:
         """Lock, connect, load, and start the loop. Raises MarketFault; may be tried again."""
         await self._store.open()
         self._core.rebuild_calendar()
+        # Nodes that do not answer must not keep others' calls waiting for a thread.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(CALLS_AT_ONCE))
         parts = self._disks, self._forecasts
         loops = self._keeper.run_forever(), *(part.watch_forever() for part in parts)
         self._tasks = [asyncio.create_task(loop) for loop in loops]

@@ -1,7 +1,8 @@
 """Spare processes: an engine's imports are nearly all of a start, so some are done ahead.
 
-Each waits where the next replica of an elastic pool would go. Which replica gets it is decided when
-that starts; another is made when nothing starts on its node any more.
+Each waits where the next replica of an elastic pool would go, or could if another pool's made room.
+Which replica gets it is decided when that starts; another is made when nothing starts on its node
+any more.
 """
 
 import logging
@@ -27,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 # Where a process could not start, none is tried for so long.
 RETRY_S = 600.0
+# One that is not ready by then does not come (again).
+COMES_WITHIN_S = 180.0
+# One whose place is no longer the next for anybody goes after so long.
+UNWANTED_S = 300.0
 STARTING = (ReplicaState.WAITING, ReplicaState.STARTING)
 
 
@@ -37,27 +42,35 @@ class Spares:
         self._core = core
         self._pools = pools
         self._failed_s: dict[tuple[str, str], float] = {}
+        self._ready_s: dict[str, float] = {}
+        self._wanted_s: dict[str, float] = {}
 
     def keep(self, view: ClusterView) -> list[Spare]:
         """Give up those that are of no use any more; returns those that are to be started."""
         core, now_s = self._core, self._core.clock.monotonic()
         if not core.config.spares:
             return []
-        elastic = [d for d in core.state.deployments.values() if _is_elastic(d)]
-        engines = {deployment.engine for deployment in elastic}
-        for spare in list(core.spares.values()):
-            app = view.apps.get(app_name(spare.process))
-            if app is not None and app.failed:
-                logger.warning("no spare process of %s: %s", spare.engine, app.message)
-                self._failed_s[spare.offer_id, spare.engine] = now_s
-            failed = app is not None and app.failed
-            if failed or spare.engine not in engines or not self._is_usable(spare.offer_id):
-                del core.spares[spare.process]  # the reconciler removes what nobody wants
         wanted = {
             (place, deployment.engine)
-            for deployment in elastic
+            for deployment in core.state.deployments.values()
+            if _is_elastic(deployment)
             for place in self._next_places(deployment)
         }
+        engines = {d.engine for d in core.state.deployments.values() if _is_elastic(d)}
+        self._look(view, wanted)
+        for spare in list(core.spares.values()):
+            place = spare.offer_id, spare.engine
+            app = view.apps.get(app_name(spare.process))
+            why = app.message if app is not None and app.failed else ""
+            if now_s - self._ready_s[spare.process] >= COMES_WITHIN_S:
+                why = f"it is not ready after {COMES_WITHIN_S:.0f} s"
+            if why:
+                logger.warning("no spare process of %s: %s", spare.engine, why)
+                self._failed_s[place] = now_s
+            unwanted = now_s - self._wanted_s[spare.process] >= UNWANTED_S
+            no_use = spare.engine not in engines or not self._is_usable(spare.offer_id)
+            if why or unwanted or no_use:
+                del core.spares[spare.process]  # the reconciler removes what nobody wants
         there = Counter((spare.offer_id, spare.engine) for spare in core.spares.values())
         known_s = self._failed_s.items()
         self._failed_s = {key: at_s for key, at_s in known_s if now_s - at_s < RETRY_S}
@@ -75,8 +88,7 @@ class Spares:
     def give(self, replica: Replica, view: ClusterView) -> Replica | None:
         """The replica in a spare process of its node, if one is ready."""
         for spare in self._fitting(replica):
-            app = view.apps.get(app_name(spare.process))
-            if app is not None and app.run is not None:
+            if _is_ready(spare, view):
                 return replace(replica, process=spare.process)
         return None
 
@@ -84,6 +96,19 @@ class Spares:
         """Whether a spare process will be ready for a replica sooner than one of its own."""
         apps = [view.apps.get(app_name(spare.process)) for spare in self._fitting(replica)]
         return any(app is not None and not app.failed for app in apps)
+
+    def _look(self, view: ClusterView, wanted: set[tuple[str, str]]) -> None:
+        """When each was last seen ready, and where one was wanted."""
+        now_s, spares = self._core.clock.monotonic(), self._core.spares.values()
+        ready_s, wanted_s = self._ready_s, self._wanted_s
+        self._ready_s = {
+            s.process: now_s if _is_ready(s, view) else ready_s.get(s.process, now_s)
+            for s in spares
+        }
+        self._wanted_s = {
+            s.process: now_s if (s.offer_id, s.engine) in wanted else wanted_s.get(s.process, now_s)
+            for s in spares
+        }
 
     def _fitting(self, replica: Replica) -> list[Spare]:
         deployment = self._core.state.deployments.get(replica.deployment_id)
@@ -94,11 +119,24 @@ class Spares:
         return [spare for spare in spares if (spare.offer_id, spare.engine) == wanted]
 
     def _next_places(self, deployment: Deployment) -> list[str]:
-        """Where its next replica would go; [] if it may have no more, or nothing is free."""
-        if len(self._core.running(deployment.deployment_id)) >= deployment.bounds.maximum:
+        """Where its next replica would go, or could if another pool's made room; [] if it may have
+        no more.
+        """
+        core = self._core
+        if len(core.running(deployment.deployment_id)) >= deployment.bounds.maximum:
             return []
-        places = self._pools.places(catalog.find(deployment.model), 1)
-        return [] if isinstance(places, Misfit) else [place.offer_id for place in places]
+        model = catalog.find(deployment.model)
+        places = self._pools.places(model, 1)
+        if not isinstance(places, Misfit):
+            return [place.offer_id for place in places]
+        others = {
+            replica.place.offer_id
+            for other in core.state.deployments.values()
+            if other != deployment and _is_elastic(other)
+            for replica in core.replicas_of(other.deployment_id)
+        }
+        fits = [name for name in others if matching.share_milli(model, core.state.offers[name])]
+        return [name for name in fits if self._is_usable(name)]
 
     def _is_usable(self, offer_id: str) -> bool:
         offer = self._core.state.offers.get(offer_id)
@@ -106,15 +144,24 @@ class Spares:
 
     def _is_busy(self, offer_id: str, view: ClusterView) -> bool:
         """Whether anything starts there that somebody may wait for, or another spare."""
-        replicas = self._core.state.replicas.values()
-        if any(r.place.offer_id == offer_id and r.state in STARTING for r in replicas):
+        here = [r for r in self._core.state.replicas.values() if r.place.offer_id == offer_id]
+        if any(r.state in STARTING and self._may_start(r) for r in here):
             return True
-        here = [spare for spare in self._core.spares.values() if spare.offer_id == offer_id]
-        apps = [view.apps.get(app_name(spare.process)) for spare in here]
-        return any(app is None or app.run is None for app in apps)
+        spares = [spare for spare in self._core.spares.values() if spare.offer_id == offer_id]
+        return not all(_is_ready(spare, view) for spare in spares)
+
+    def _may_start(self, replica: Replica) -> bool:
+        lease = self._core.state.leases.get(replica.deployment_id)
+        return lease is None or lease.start <= self._core.clock.now()
+
+
+def _is_ready(spare: Spare, view: ClusterView) -> bool:
+    app = view.apps.get(app_name(spare.process))
+    return app is not None and app.run is not None
 
 
 def _is_elastic(deployment: Deployment) -> bool:
     bounds = deployment.bounds
     is_pool = deployment.mode is Mode.TOKENS and not deployment.stopping
-    return is_pool and bounds.minimum < bounds.maximum
+    known = any(model.name == deployment.model for model in catalog.models())
+    return is_pool and known and bounds.minimum < bounds.maximum

@@ -78,10 +78,9 @@ class Starts:
         for replica in core.in_state(ReplicaState.STARTING):
             name = replica.replica_id
             if name in begun:
-                since_s, start_from = begun.pop(name)
-                if replica.process and start_from is not StartFrom.ASLEEP:
-                    start_from = StartFrom.SPARE  # it was given one only now
-                self._starting[name] = since_s, start_from
+                self._starting[name] = begun.pop(name)
+                if replica.process and self._starting[name][1] in (StartFrom.COLD, StartFrom.HOST):
+                    self._starting[name] = now_s, StartFrom.SPARE  # it was given one only now
             elif name not in old and self._has_files(replica):
                 self._starting[name] = now_s, self._begun_from(replica)
         self._known = set(core.state.replicas) - waiting

@@ -1,6 +1,9 @@
 """Pools that grow, shrink, sleep and wake, by what gateways report."""
 
+import asyncio
+import threading
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 
@@ -12,6 +15,7 @@ from market.errors import (
 )
 from market.fairness import PoolReport
 from market.forecast import BUCKET_S, DAY
+from market.scheduler import keeper
 from market.scheduler.shares import GatewayReport
 from market.types import (
     AppStatus,
@@ -219,6 +223,48 @@ class TestElasticPools:
             assert cost.start_id.startswith("tiny-qwen/transformers/a10")
             assert 35 <= cost.seconds <= 41  # rounds are five seconds apart here
 
+    async def test_neither_a_download_nor_a_node_out_of_sight_is_a_start(self, farm):
+        async with farm.opened() as scheduler:
+            await scheduler.stored_models()  # the disk is empty
+            await pool(scheduler, minimum=1, maximum=1)
+            await farm.rounds(scheduler, 20, 5)
+            assert scheduler._core.state.starts == {}
+            await scheduler.pull_model("tiny-qwen", ["farm"], pin=False)
+            await scheduler.stored_models()
+            farm.cluster.nodes.clear()
+            await farm.rounds(scheduler, 5, 1)
+            farm.cluster.nodes.add("farm")
+            await farm.rounds(scheduler, 20, 5)
+            assert len((await scheduler.routes()).ready) == 1
+            assert scheduler._core.state.starts == {}
+
+    async def test_nodes_that_say_nothing_keep_nobody_waiting(self, farm, monkeypatch):
+        """A round waits a moment for all of them, and asks them again only after a while."""
+        silent = [replace(FARM, offer_id=n, node_id=n, ask_pico=9**13) for n in ("b", "c", "d")]
+        farm.offers, farm.cluster.nodes = [FARM, *silent], {"farm", "b", "c", "d"}
+        asked, over, residents = [], threading.Event(), farm.cluster.residents
+
+        def hangs(node_id):
+            asked.append(node_id)
+            if node_id != "farm":
+                over.wait(60)
+            return residents(node_id)
+
+        farm.cluster.residents = hangs
+        monkeypatch.setattr(keeper, "ANSWER_PATIENCE_S", 0.1)
+        try:
+            async with farm.opened() as scheduler:
+                await pool(scheduler, minimum=0, maximum=1)
+                async with asyncio.timeout(10):
+                    await Demands(farm, scheduler)(5, cold={"tiny-qwen": 1})
+                assert len((await scheduler.routes()).ready) == 1
+                assert sorted(asked) == ["b", "c", "d", "farm"]
+                over.set()
+                await Demands(farm, scheduler)(20)
+                assert sorted(asked) == ["b", "b", "c", "c", "d", "d", "farm"]
+        finally:
+            over.set()
+
     async def test_idle_model_makes_room_for_one_that_is_asked_but_never_a_lease(self, farm):
         """Two whole GPUs: one leased, the other shared in turn."""
         small = replace(FARM, gpus=tuple(Gpu(n, "a10", 1500) for n in (0, 1)))
@@ -413,6 +459,51 @@ class TestSpares:
             spared.cluster.instant = True
             await demands(3, cold={"tiny-qwen": 1})
             assert len((await scheduler.routes()).ready) == 1
+
+    async def test_models_that_take_turns_on_a_full_gpu_start_in_spare_processes(self, spared):
+        spared.offers = [replace(FARM, gpus=(Gpu(0, "a10", 1500),))]
+        async with spared.opened() as scheduler:
+            demands = Demands(spared, scheduler)
+            for model in ("tiny-qwen", "tiny-embed"):
+                await pool(scheduler, model, minimum=0, maximum=1)
+            await demands(3)
+            for asked in ("tiny-qwen", "tiny-embed") * 4:
+                await demands(14, cold={asked: 1})
+                assert [r.model for r in (await scheduler.routes()).ready] == [asked]
+            begun = {name.rpartition("/")[2] for name in scheduler._core.state.starts}
+            assert begun == {"spare"}
+
+    async def test_late_one_is_given_up_and_a_process_of_its_own_started(self, spared):
+        async with spared.opened() as scheduler:
+            demands, spare = await waiting(spared, scheduler, maximum=1)
+            spared.cluster.apps[spare] = AppStatus(None, False, "out of memory")  # again and again
+            await demands(10, cold={"tiny-qwen": 1})
+            assert list(spared.cluster.apps) == [spare]
+            await demands(200, cold={"tiny-qwen": 1})
+            assert [r.model for r in (await scheduler.routes()).ready] == ["tiny-qwen"]
+            assert spare not in spared.cluster.apps
+
+    async def test_goes_where_no_replica_would_go_any_more(self, spared):
+        other = replace(FARM, offer_id="other", node_id="other", ask_pico=2 * FARM.ask_pico)
+        spared.offers, spared.cluster.nodes = [FARM, other], {"farm", "other"}
+        async with spared.opened() as scheduler:
+            leased = [await lease(scheduler, n, provider_id="local") for n in (1, 2)]
+            demands = Demands(spared, scheduler)
+            await pool(scheduler, minimum=0, maximum=1)
+            await demands(3)
+            assert [s.node_id for s in scheduler._core.spares.values()] == ["other"]
+            for booked in leased:
+                await scheduler.release(booked.lease_id)
+            await demands(20)
+            assert {s.node_id for s in scheduler._core.spares.values()} == {"farm", "other"}
+            await demands(310)
+            assert [s.node_id for s in scheduler._core.spares.values()] == ["farm"]
+
+    async def test_lease_that_begins_next_week_keeps_none_away(self, spared):
+        async with spared.opened() as scheduler:
+            start = spared.clock.now() + timedelta(days=7)
+            await lease(scheduler, 1, gpu_milli=500, start=start)
+            await waiting(spared, scheduler, maximum=1)
 
     async def test_only_where_pools_may_grow(self, spared):
         async with spared.opened() as scheduler:
