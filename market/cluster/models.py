@@ -1,41 +1,34 @@
 """The model store: models on this machine's disk, pulled once, checked, evicted when room is short.
 
 A model is a folder of its name under ``$MARKET_HOME/models``. One that was pulled has a manifest in
-it; others were put there by hand and are never removed. Downloads grow in ``.partial`` and are
-renamed in when they are complete and right.
+it; others, and links, were put there by hand and are never removed. Downloads grow in ``.partial``
+and are renamed in when they are complete and right.
 """
 
 import fcntl
-import hashlib
-import json
 import os
 import shutil
-import struct
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from market.catalog import Model
-from market.cluster import pagecache
-from market.cluster.sources import (
-    TOKENIZER,
-    WEIGHTS_AND_TOKENIZER,
-    SourceFile,
-    open_source,
-)
+from market.cluster import manifests, pagecache
+from market.cluster.manifests import MANIFEST, Manifest
+from market.cluster.sources import TOKENIZER, WEIGHTS_AND_TOKENIZER, open_source
 from market.errors import Conflict, EngineFailed, InvalidRequest, MarketError, NotFound, Overloaded
 from market.types import StoredModel, StoredState
 
-MANIFEST = ".market.json"
 PARTIAL, LOCKS, TOKENIZERS = ".partial", ".locks", ".tokenizers"
+# Locks beside the one that says that a model is used, which has its name.
+PULL, TOKENIZER_PULL = ".pull", ".tokenizer"
 LIMIT_VARIABLE = "MARKET_MODELS_MAX_GIB"
 # Of the disk so much stays free for everything else.
 SPARE_BYTES = 2 * 1024**3
 # Who looks whether a model is used is gone after so many looks.
 LOOKS, LOOK_S = 20, 0.02
-HEADER_MAX_BYTES = 100 * 1024 * 1024
 GIB = 1024**3
 
 
@@ -65,7 +58,7 @@ def fetch(model: Model, models_dir: Path, *, weights: bool) -> Path:
         if weights:
             store.use(model)
             return folder
-        return folder if _has(folder, weights=False) else store.tokenizer(model)
+        return folder if _has(folder, model, weights=False) else store.tokenizer(model)
     except (MarketError, OSError) as error:
         message = error.message if isinstance(error, MarketError) else str(error)
         raise EngineFailed(
@@ -97,28 +90,24 @@ class ModelStore:
         self._max_bytes = _limit(os.environ) if max_bytes is None else max_bytes
 
     def stored(self) -> list[StoredModel]:
-        """What there is, by name."""
-        found = {}
-        for folder in self._folders(self._folder / PARTIAL):
-            found[folder.name] = StoredModel(
-                folder.name, StoredState.PARTIAL, *_partial(folder), folder.stat().st_mtime
-            )
-        for folder in self._folders(self._folder):
-            found[folder.name] = self._one(folder)
-        return [found[name] for name in sorted(found)]
+        """What there is, by name, and which part of it is in memory."""
+        return [
+            replace(entry, cached=_cached(self._folder / entry.model)) for entry in self._entries()
+        ]
 
     def pull(self, model: Model, *, pin: bool = False, evict: bool = True) -> None:
         """Have a model here, complete and right; again goes on or changes nothing.
 
-        Others are evicted for it, or with ``evict`` false it is not pulled if room is short.
+        Others are evicted for it, or with ``evict`` false it is not pulled if room is short. What
+        was pulled from another source is replaced.
 
-        Raises NotFound, Overloaded (try again; ``storage_full`` if there is no room), or
-        InvalidRequest if it is not what can be served.
+        Raises NotFound, Overloaded (try again; ``storage_full`` if there is no room), Conflict if
+        its place is taken, or InvalidRequest if it is not what can be served.
         """
         folder = model_path(model, self._folder)
-        if model.source != "local" and not _has(folder, weights=True):
-            with self._locked(model.name, fcntl.LOCK_EX):
-                if not _has(folder, weights=True):  # another process may have pulled it meanwhile
+        if model.source != "local" and not _has(folder, model):
+            with self._locked(model.name, fcntl.LOCK_EX, PULL):
+                if not _has(folder, model):  # another process may have pulled it meanwhile
                     self._pull(model, folder, evict)
         if pin:
             self.pin(model.name, True)
@@ -131,33 +120,35 @@ class ModelStore:
             self.pull(model)
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             fcntl.flock(handle, fcntl.LOCK_SH)
-            if _has(folder, weights=True):
+            if _has(folder, model):
                 self._using[path] = handle
-            else:  # evicted in the moment between; a pull needs the lock that we have
+            else:  # evicted in the moment between
                 os.close(handle)
-        with suppress(OSError):
-            os.utime(folder / MANIFEST)
+        if not _by_hand(folder):
+            with suppress(OSError):
+                os.utime(folder / MANIFEST)
 
     def tokenizer(self, model: Model) -> Path:
         """A folder with all but the weights. Raises as ``pull`` does."""
         folder = self._folder / TOKENIZERS / model.name
-        with self._locked(f"{model.name}.tokenizer", fcntl.LOCK_EX):
-            if _manifest(folder) is None:
+        with self._locked(model.name, fcntl.LOCK_EX, TOKENIZER_PULL):
+            known = manifests.read(folder)
+            if known is None or known.source != model.source:
                 source = open_source(model.source)
-                folder.mkdir(parents=True, exist_ok=True)
                 files = source.files(TOKENIZER)
+                _delete(folder)  # what broke off is small, and may be of another version
+                folder.mkdir(parents=True)
                 source.download(files, folder)
-                _write(folder, {"source": model.source, "files": _facts(files, folder)})
-                _forget_client(folder)
+                manifests.seal(folder, manifests.began(model.source, files), files)
         return folder
 
     def pin(self, name: str, pinned: bool) -> None:
         """Keep a model until it is unpinned. Raises NotFound if it was not pulled."""
         folder = self._folder / name
-        manifest = _manifest(folder)
+        manifest = None if _by_hand(folder) else manifests.read(folder)
         if manifest is None:
             raise NotFound(f"{name} was not pulled here (market models pull {name})")
-        _write(folder, {**manifest, "pinned": pinned})
+        manifests.write(folder, replace(manifest, pinned=pinned))
 
     def remove(self, name: str) -> int:
         """Remove a model or what was pulled of it; the bytes that it had.
@@ -169,7 +160,7 @@ class ModelStore:
             raise NotFound(f"{name} is not on this disk (market models ls --stored)")
         if known.state == StoredState.BY_HAND:
             raise Conflict(f"{self._folder / name} was put there by hand; remove it by hand")
-        with self._unused(name):
+        with self._free(name, PULL), self._free(name):
             for folder in (self._folder, self._folder / PARTIAL, self._folder / TOKENIZERS):
                 _delete(folder / name)
         return known.bytes
@@ -177,20 +168,28 @@ class ModelStore:
     # -- one pull ------------------------------------------------------------------------------
 
     def _pull(self, model: Model, folder: Path, evict: bool) -> None:
+        if _by_hand(folder):
+            raise Conflict(
+                f"{folder} was put there by hand, without weights as safetensors or without a "
+                "tokenizer; complete it or take it away"
+            )
         source = open_source(model.source)
         files = source.files(WEIGHTS_AND_TOKENIZER)
         if not any(file.path.endswith(".safetensors") for file in files):
             raise InvalidRequest(f"{model.source} has no weights as safetensors")
+        fresh = manifests.began(model.source, files)
+        if folder.exists():  # damaged, or from another source
+            old = manifests.read(folder)
+            fresh = replace(fresh, pinned=old is not None and old.pinned)
+            with self._free(model.name):
+                _delete(folder)
         partial = self._folder / PARTIAL / model.name
-        partial.mkdir(parents=True, exist_ok=True)
-        total = sum(file.size for file in files)
-        (partial / MANIFEST).write_text(json.dumps({"total_bytes": total}))
-        self._make_room(model.name, total - _partial(partial)[0], evict)
+        manifest = _begin(partial, fresh)
+        self._make_room(model.name, _total(manifest) - _size(partial), evict)
         source.download(files, partial)
-        manifest = {"source": model.source, "pinned": False, "files": _facts(files, partial)}
-        _write(partial, manifest)
-        _forget_client(partial)
+        manifests.seal(partial, manifest, files)
         partial.rename(folder)
+        manifests.sync(partial.parent, self._folder)
 
     def _make_room(self, name: str, need_bytes: int, evict: bool) -> None:
         """Evict what is needed least. Raises Overloaded if that is not enough."""
@@ -216,6 +215,16 @@ class ModelStore:
 
     # -- what is there -------------------------------------------------------------------------
 
+    def _entries(self) -> list[StoredModel]:
+        found = {}
+        for folder in self._folders(self._folder / PARTIAL):
+            with suppress(FileNotFoundError):  # renamed in, or removed, in this moment
+                found[folder.name] = self._unfinished(folder)
+        for folder in self._folders(self._folder):
+            with suppress(FileNotFoundError):
+                found[folder.name] = self._one(folder)
+        return [found[name] for name in sorted(found)]
+
     def _folders(self, where: Path) -> Iterator[Path]:
         if where.is_dir():
             for path in sorted(where.iterdir()):
@@ -223,22 +232,22 @@ class ModelStore:
                     yield path
 
     def _one(self, folder: Path) -> StoredModel:
-        manifest = _manifest(folder)
-        if manifest is None:
+        name, by_hand = folder.name, _by_hand(folder)
+        manifest = None if by_hand else manifests.read(folder)
+        if manifest is None:  # one whose manifest is damaged can be pulled again, or go
+            state = StoredState.BY_HAND if by_hand else StoredState.PARTIAL
             size, used_s = _size(folder), folder.stat().st_mtime
-            by_hand = StoredState.BY_HAND
-            return StoredModel(folder.name, by_hand, size, size, used_s, cached=_cached(folder))
-        size = sum(size for size, _ in manifest["files"].values())
-        return StoredModel(
-            folder.name,
-            StoredState.READY,
-            size,
-            size,
-            (folder / MANIFEST).stat().st_mtime,
-            bool(manifest["pinned"]),
-            self._in_use(folder.name),
-            cached=_cached(folder),
-        )
+            in_use = not by_hand and self._in_use(name)
+            return StoredModel(name, state, size, size, used_s, False, in_use)
+        size = sum(size for size, _ in manifest.files.values())
+        used_s, in_use = (folder / MANIFEST).stat().st_mtime, self._in_use(name)
+        return StoredModel(name, StoredState.READY, size, size, used_s, manifest.pinned, in_use)
+
+    def _unfinished(self, partial: Path) -> StoredModel:
+        name, manifest, size = partial.name, manifests.read(partial), _size(partial)
+        total = size if manifest is None else _total(manifest)
+        used_s, in_use = partial.stat().st_mtime, self._in_use(name)
+        return StoredModel(name, StoredState.PARTIAL, size, total, used_s, False, in_use)
 
     def read_in(self, name: str) -> None:
         """Read a model's weights, so that they are in memory as far as there is room."""
@@ -247,22 +256,26 @@ class ModelStore:
                 pagecache.read_in(path)
 
     def _in_use(self, name: str) -> bool:
+        """Whether somebody uses or pulls it."""
         try:
-            with self._locked(name, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            with (
+                self._locked(name, fcntl.LOCK_EX | fcntl.LOCK_NB),
+                self._locked(name, fcntl.LOCK_SH | fcntl.LOCK_NB, PULL),
+            ):
                 return False
         except Conflict:
             return True
 
     @contextmanager
-    def _unused(self, name: str) -> Iterator[None]:
-        """Nobody uses or pulls the model meanwhile. Raises Conflict if somebody does.
+    def _free(self, name: str, kind: str = "") -> Iterator[None]:
+        """Hold a lock that nobody has. Raises Conflict if somebody does.
 
         Whoever only looks whether it is used has the lock for a moment, too: that is waited for.
         """
         with ExitStack() as held:
             for left in reversed(range(LOOKS)):
                 try:
-                    held.enter_context(self._locked(name, fcntl.LOCK_EX | fcntl.LOCK_NB))
+                    held.enter_context(self._locked(name, fcntl.LOCK_EX | fcntl.LOCK_NB, kind))
                     break
                 except Conflict:
                     if not left:
@@ -271,9 +284,9 @@ class ModelStore:
             yield
 
     @contextmanager
-    def _locked(self, name: str, how: int) -> Iterator[None]:
+    def _locked(self, name: str, how: int, kind: str = "") -> Iterator[None]:
         """Hold a model's lock. Raises Conflict if another has it and we do not wait."""
-        path = self._folder / LOCKS / name
+        path = self._folder / LOCKS / f"{name}{kind}"
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -302,92 +315,41 @@ def _limit(environ: Mapping[str, str]) -> int | None:
 
 def _cached(folder: Path) -> float:
     """Share of its weights that are in memory; 0 if nobody can tell."""
-    weights = list(folder.glob("*.safetensors"))
-    size = sum(path.stat().st_size for path in weights)
     try:
-        held = sum(pagecache.cached_share(path) * path.stat().st_size for path in weights)
+        sizes = {path: path.stat().st_size for path in folder.glob("*.safetensors")}
+        held = sum(pagecache.cached_share(path) * size for path, size in sizes.items())
     except OSError:
         return 0.0
-    return held / size if size else 0.0
+    return held / sum(sizes.values()) if held else 0.0
 
 
-def _has(folder: Path, *, weights: bool) -> bool:
-    """Whether a folder can be served from; one with a manifest is complete."""
-    if _manifest(folder) is not None:
-        return True
-    tokenizer = (folder / "tokenizer_config.json").is_file()
-    return tokenizer and (not weights or any(folder.glob("*.safetensors")))
+def _by_hand(folder: Path) -> bool:
+    """Whether it is there and not ours: behind a link may be the store of another market."""
+    return folder.is_symlink() or (folder.exists() and not (folder / MANIFEST).exists())
 
 
-def _manifest(folder: Path) -> dict[str, Any] | None:
-    with suppress(FileNotFoundError, NotADirectoryError):
-        found: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        return found
-    return None
+def _has(folder: Path, model: Model, *, weights: bool = True) -> bool:
+    """Whether the model can be served from a folder; not if it was pulled from another source."""
+    if _by_hand(folder):
+        tokenizer = (folder / "tokenizer_config.json").is_file()
+        return tokenizer and (not weights or any(folder.glob("*.safetensors")))
+    manifest = manifests.read(folder)
+    return manifest is not None and manifest.source == model.source
 
 
-def _write(folder: Path, manifest: Mapping[str, object]) -> None:
-    """At once or not at all."""
-    fresh = folder / f"{MANIFEST}.{os.getpid()}"
-    fresh.write_text(json.dumps(manifest, indent=1))
-    fresh.replace(folder / MANIFEST)
+def _begin(partial: Path, fresh: Manifest) -> Manifest:
+    """A folder for a download: the one that broke off if it was for the same files."""
+    known = manifests.read(partial)
+    if known is not None and (known.source, known.listed) == (fresh.source, fresh.listed):
+        return known
+    _delete(partial)
+    partial.mkdir(parents=True)
+    manifests.write(partial, fresh)
+    return fresh
 
 
-def _facts(files: Sequence[SourceFile], folder: Path) -> dict[str, tuple[int, str]]:
-    """Size and SHA-256 by path. What is wrong is removed, so that the next pull fetches it again.
-
-    Raises Overloaded for a wrong checksum, InvalidRequest for what can never be served.
-    """
-    facts = {}
-    for file in files:
-        path = folder / file.path
-        digest = _sha256(path)
-        facts[file.path] = file.size, digest
-        if path.stat().st_size != file.size or file.sha256 not in (None, digest):
-            path.unlink()
-            raise Overloaded(
-                f"{file.path} is not what its source promised (size or SHA-256); it was removed, "
-                "pull again",
-                code="checksum_mismatch",
-            )
-        if path.suffix == ".safetensors":
-            _check_safetensors(path)
-    return facts
-
-
-def _check_safetensors(path: Path) -> None:
-    """Raises InvalidRequest unless the header fits the file (safetensors format, 8-byte length)."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        good = length <= min(size - 8, HEADER_MAX_BYTES)
-        try:
-            header = json.loads(file.read(length)) if good else None
-            tensors = [v for k, v in header.items() if k != "__metadata__"] if header else []
-            ends = max((tensor["data_offsets"][1] for tensor in tensors), default=0)
-            good = header is not None and 8 + length + ends == size
-        except (ValueError, KeyError, TypeError, AttributeError):
-            good = False
-    if not good:
-        path.unlink()
-        raise InvalidRequest(f"{path.name} is no safetensors file")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _forget_client(folder: Path) -> None:
-    """Remove what the hub's client keeps to go on with a download."""
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
-
-
-def _partial(folder: Path) -> tuple[int, int]:
-    """(bytes so far, bytes in all) of a download."""
-    manifest = _manifest(folder) or {}
-    return _size(folder), int(str(manifest.get("total_bytes", 0)))
+def _total(manifest: Manifest) -> int:
+    return sum(size for size, _ in manifest.listed.values())
 
 
 def _size(folder: Path) -> int:

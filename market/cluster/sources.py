@@ -19,17 +19,28 @@ TOKENIZER = ("*.json", "*.txt", "*.model", "*.jinja")
 WEIGHTS_AND_TOKENIZER = ("*.safetensors", *TOKENIZER)
 # Lists of files with their SHA-256 as sha256sum writes them; where there is one it is believed.
 CHECKSUMS = "SHA256SUMS"
+# Under what names fsspec's file systems tell the version of a file, the surest first.
+VERSIONS = ("ETag", "LastModified", "Last-Modified", "mtime")
 BLOCK_BYTES = 4 * 1024 * 1024
 HUB, MODELSCOPE = "hf://", "modelscope://"
 
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file of a model; ``sha256`` in hexadecimal if the source says it."""
+    """A file of a model; ``sha256`` in hexadecimal if the source says it.
+
+    ``version`` changes with the content as far as the source can tell: an ETag, a time.
+    """
 
     path: str
     size: int
     sha256: str | None = None
+    version: str | None = None
+
+    @property
+    def mark(self) -> str | None:
+        """What tells it from another of its size, if anything does."""
+        return self.sha256 or self.version
 
 
 class Source(Protocol):
@@ -73,7 +84,7 @@ class Hub:
                 self._repository, revision=self._revision, files_metadata=True
             )
         return [
-            SourceFile(f.rfilename, f.size or 0, None if f.lfs is None else f.lfs.sha256)
+            SourceFile(f.rfilename, f.size or 0, None if f.lfs is None else f.lfs.sha256, f.blob_id)
             for f in info.siblings or ()
             if _wanted(f.rfilename, patterns)
         ]
@@ -153,9 +164,7 @@ class FileSystem:
             if not paths:
                 raise FileNotFoundError("no files there")
             return [
-                SourceFile(path, int(self._fs.info(f"{self._root}/{path}")["size"] or 0), known)
-                for path, known in paths.items()
-                if _wanted(path, patterns)
+                self._file(path, known) for path, known in paths.items() if _wanted(path, patterns)
             ]
 
     def download(self, files: Sequence[SourceFile], folder: Path) -> None:
@@ -165,6 +174,11 @@ class FileSystem:
             target.parent.mkdir(parents=True, exist_ok=True)
             with _reaching(f"{self._url}/{file.path}"):
                 self._copy(file, target)
+
+    def _file(self, path: str, sha256: str | None) -> SourceFile:
+        info = self._fs.info(f"{self._root}/{path}")
+        version = next((str(info[key]) for key in VERSIONS if info.get(key)), None)
+        return SourceFile(path, int(info["size"] or 0), sha256, version)
 
     def _copy(self, file: SourceFile, target: Path) -> None:
         have = target.stat().st_size if target.exists() else 0

@@ -8,8 +8,10 @@ import http.server
 import json
 import multiprocessing
 import os
+import shutil
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,6 +69,33 @@ def named(store):
     return {entry.model: entry for entry in store.stored()}
 
 
+def same(folder, origin):
+    """Whether a folder has exactly the origin's weights."""
+    ours, theirs = (
+        {path.name: path.read_bytes() for path in where.glob("*.safetensors")}
+        for where in (folder, origin)
+    )
+    return ours == theirs
+
+
+def breaks_off(store, origin):
+    """A pull that ends in the middle of its second file of weights."""
+    copy, copied = FileSystem._copy, []
+
+    def breaks(self, file, target):
+        if copied:
+            target.write_bytes((origin / file.path).read_bytes()[:1000])
+            raise ConnectionError("cable pulled")
+        if file.path.endswith(".safetensors"):
+            copied.append(file.path)
+        copy(self, file, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileSystem, "_copy", breaks)
+        with pytest.raises(Overloaded, match="cable pulled"):
+            store.pull(model(origin))
+
+
 class TestPull:
     def test_takes_what_can_be_served_and_no_code(self, store, origin, tmp_path):
         store.pull(model(origin))
@@ -87,22 +116,23 @@ class TestPull:
 
     def test_again_asks_nobody(self, store, origin):
         store.pull(model(origin))
-        store.pull(model(origin.parent / "gone"))
+        origin.rename(origin.parent / "gone")
+        store.pull(model(origin))
 
-    def test_goes_on_where_it_broke_off(self, store, origin, tmp_path, monkeypatch):
-        copy, copied = FileSystem._copy, []
+    def test_other_source_replaces_what_was_pulled(self, store, origin, tmp_path):
+        store.pull(model(origin), pin=True)
+        other = make(tmp_path / "other", seed=1)
+        with pytest.raises(NotFound):  # nothing is lost before the other is seen
+            store.pull(model(tmp_path / "gone"))
+        with holding(store._folder, model(origin)), pytest.raises(Conflict, match="in use"):
+            store.pull(model(other))
+        assert same(store._folder / "qwen-7b", origin)
+        fetch(model(other), store._folder, weights=True)
+        assert same(store._folder / "qwen-7b", other)
+        assert named(store)["qwen-7b"].pinned
 
-        def breaks(self, file, target):
-            if copied:
-                target.write_bytes((origin / file.path).read_bytes()[:1000])
-                raise ConnectionError("cable pulled")
-            copied.append(file.path)
-            copy(self, file, target)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(FileSystem, "_copy", breaks)
-            with pytest.raises(Overloaded, match="cable pulled"):
-                store.pull(model(origin))
+    def test_goes_on_where_it_broke_off(self, store, origin, tmp_path):
+        breaks_off(store, origin)
         entry = named(store)["qwen-7b"]
         assert entry.state is StoredState.PARTIAL
         assert 1000 < entry.bytes < entry.total_bytes
@@ -110,6 +140,67 @@ class TestPull:
             os.stat(tmp_path / "models" / "qwen-7b")
         store.pull(model(origin))
         assert named(store)["qwen-7b"].state is StoredState.READY
+
+    def test_does_not_go_on_with_another_version(self, store, origin):
+        """The source has other files of equal size meanwhile."""
+        breaks_off(store, origin)
+        shutil.rmtree(origin)
+        make(origin, seed=2)
+        store.pull(model(origin))
+        assert same(store._folder / "qwen-7b", origin)
+
+    def test_does_not_go_on_with_another_source(self, store, origin, tmp_path):
+        breaks_off(store, make(tmp_path / "other", seed=1, parts=3))
+        store.pull(model(origin))
+        assert same(store._folder / "qwen-7b", origin)
+
+    def test_what_is_not_listed_does_not_come_along(self, store, origin):
+        breaks_off(store, origin)
+        old = store._folder / models.PARTIAL / "qwen-7b" / "old"
+        old.mkdir()
+        (old / "model-9.safetensors").write_bytes(b"x")
+        store.pull(model(origin))
+        assert not (store._folder / "qwen-7b" / "old").exists()
+
+    def test_is_on_the_disk_before_it_has_its_name(self, store, origin, monkeypatch):
+        """A power cut leaves what was synced until then."""
+        synced, before = set(), set()
+        fsync, rename = os.fsync, Path.rename
+
+        def syncing(descriptor):
+            synced.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+            fsync(descriptor)
+
+        def renaming(path, target):
+            before.update(synced)
+            return rename(path, target)
+
+        monkeypatch.setattr(os, "fsync", syncing)
+        monkeypatch.setattr(Path, "rename", renaming)
+        store.pull(model(origin))
+        partial = store._folder / models.PARTIAL / "qwen-7b"
+        names = {path.name for path in (store._folder / "qwen-7b").iterdir()}
+        written = names - {models.MANIFEST} | {f"{models.MANIFEST}.{os.getpid()}"}
+        assert {partial, *(partial / name for name in written)} <= before
+        assert {store._folder, partial.parent} <= synced
+
+    @pytest.mark.parametrize("damaged", ["", "{}", "[]", '{"source": "x", "files": 3}'])
+    def test_damaged_manifest_is_in_nobodys_way_and_pulled_again(
+        self, store, origin, tmp_path, damaged, caplog
+    ):
+        store.pull(model(origin))
+        store.pull(model(origin, "qwen-3b"))
+        manifest = store._folder / "qwen-7b" / models.MANIFEST
+        manifest.write_text(damaged)
+        states = {name: entry.state for name, entry in named(store).items()}
+        assert states == {"qwen-7b": StoredState.PARTIAL, "qwen-3b": StoredState.READY}
+        assert "damaged" in caplog.text
+        with pytest.raises(EngineFailed):
+            fetch(model(tmp_path / "gone"), store._folder, weights=True)
+        store.pull(model(origin))
+        assert named(store)["qwen-7b"].state is StoredState.READY
+        manifest.write_text(damaged)
+        assert store.remove("qwen-7b") > WEIGHTS
 
     def test_wrong_checksum_is_thrown_away_and_fetched_again(self, store, origin):
         checksums(origin)
@@ -179,7 +270,7 @@ class TestRoom:
     def test_pinned_and_used_ones_stay_and_are_named(self, tmp_path, store, origin):
         first, second, third = self.fill(store, tmp_path)
         store.pin(second, True)
-        with holding(store._folder, third):
+        with holding(store._folder, model(tmp_path / third, third)):
             limited = ModelStore(store._folder, max_bytes=3 * WEIGHTS)
             with pytest.raises(Overloaded, match=f"{second}, {third}") as caught:
                 limited.pull(model(make(tmp_path / "big", 7, parts=1), "qwen-72b"))
@@ -260,6 +351,27 @@ class TestByHand:
         with pytest.raises(NotFound):
             store.pin("qwen-7b", True)
 
+    def test_link_to_what_another_store_pulled_is_by_hand_all_the_same(
+        self, store, origin, tmp_path
+    ):
+        ModelStore(tmp_path / "other").pull(model(origin))
+        linked = tmp_path / "other" / "qwen-7b"
+        (store._folder / "qwen-7b").symlink_to(linked)
+        os.utime(linked / models.MANIFEST, (9, 9))
+        with holding(store._folder, model("nobody/knows")):
+            assert named(store)["qwen-7b"].state is StoredState.BY_HAND
+        with pytest.raises(NotFound):
+            store.pin("qwen-7b", True)
+        assert (linked / models.MANIFEST).stat().st_mtime == 9
+
+    def test_folder_without_weights_is_told_before_anything_is_pulled(self, store, origin):
+        (store._folder / "qwen-7b").mkdir()
+        (store._folder / "qwen-7b" / "tokenizer_config.json").write_text("{}")
+        assert fetch(model(origin), store._folder, weights=False) == store._folder / "qwen-7b"
+        with pytest.raises(Conflict, match="by hand"):
+            store.pull(model(origin))
+        assert not (store._folder / models.PARTIAL).exists()
+
     def test_nothing_to_remove(self, store):
         with pytest.raises(NotFound):
             store.remove("qwen-7b")
@@ -271,6 +383,13 @@ class TestFetch:
         names = {path.name for path in folder.iterdir()} - {models.MANIFEST}
         assert names == {"config.json", "tokenizer_config.json"}
         assert store.stored() == []
+
+    def test_tokenizer_of_another_source_is_fetched(self, store, origin, tmp_path):
+        fetch(model(origin), store._folder, weights=False)
+        other = make(tmp_path / "other")
+        (other / "tokenizer_config.json").write_text("[]")
+        folder = fetch(model(other), store._folder, weights=False)
+        assert (folder / "tokenizer_config.json").read_text() == "[]"
 
     def test_half_a_tokenizer_is_none(self, store, origin):
         (origin / "tokenizer.json").write_text("{}")
@@ -308,11 +427,11 @@ WITH = {"weights": True}
 
 
 @contextlib.contextmanager
-def holding(folder, name):
+def holding(folder, used):
     """Another process that uses a model."""
     context = multiprocessing.get_context("spawn")
     ready, done = context.Event(), context.Event()
-    process = context.Process(target=hold, args=(folder, name, ready, done))
+    process = context.Process(target=hold, args=(folder, used, ready, done))
     process.start()
     try:
         assert ready.wait(60)
@@ -322,8 +441,8 @@ def holding(folder, name):
         process.join(60)
 
 
-def hold(folder, name, ready, done):
-    ModelStore(folder).use(catalog.find(name))
+def hold(folder, used, ready, done):
+    ModelStore(folder).use(used)
     ready.set()
     done.wait(60)
 
@@ -407,10 +526,13 @@ class TestHttp:
     def test_only_the_rest_is_asked_for_after_a_break(self, store, origin, web):
         checksums(origin)
         size = (origin / "model-0.safetensors").stat().st_size
+        web.limits["model-0.safetensors"] = 0
+        with pytest.raises(Overloaded):
+            store.pull(model(web.url))
         partial = store._folder / models.PARTIAL / "qwen-7b"
-        partial.mkdir(parents=True)
         half = (origin / "model-0.safetensors").read_bytes()[: size // 2]
         (partial / "model-0.safetensors").write_bytes(half)
+        web.asked.clear()
         store.pull(model(web.url))
         firsts = [first for name, first in web.asked if name == "model-0.safetensors"]
         assert size // 2 in firsts
@@ -489,7 +611,7 @@ def test_files_of_the_hub_have_checksums_where_they_are_large(monkeypatch):
 
     class Sibling:
         def __init__(self, name, size, lfs=None):
-            self.rfilename, self.size, self.lfs = name, size, lfs
+            self.rfilename, self.size, self.lfs, self.blob_id = name, size, lfs, f"of {name}"
 
     class Info:
         siblings = (
@@ -506,6 +628,6 @@ def test_files_of_the_hub_have_checksums_where_they_are_large(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     assert Hub("a/b", "v1").files(("*.safetensors", "*.json")) == [
-        SourceFile("model.safetensors", 10, "ab" * 32),
-        SourceFile("config.json", 5, None),
+        SourceFile("model.safetensors", 10, "ab" * 32, "of model.safetensors"),
+        SourceFile("config.json", 5, None, "of config.json"),
     ]
