@@ -24,6 +24,8 @@ from market.types import StoredModel, StoredState
 PARTIAL, LOCKS, TOKENIZERS = ".partial", ".locks", ".tokenizers"
 # Locks beside the one that says that a model is used, which has its name.
 PULL, TOKENIZER_PULL = ".pull", ".tokenizer"
+# The lock of who looks for room, of the whole store.
+ROOM = ".room"
 LIMIT_VARIABLE = "MARKET_MODELS_MAX_GIB"
 # Of the disk so much stays free for everything else.
 SPARE_BYTES = 2 * 1024**3
@@ -68,10 +70,14 @@ def fetch(model: Model, models_dir: Path, *, weights: bool) -> Path:
 
 
 def least_used(stored: Iterable[StoredModel], need_bytes: int) -> list[str] | None:
-    """The least recently used models whose going makes room; None if that is not enough."""
+    """The models whose going makes room; None if that is not enough.
+
+    Pulls that broke off go first, then what was not used for longest.
+    """
     gone, freed = [], 0
-    free = [m for m in stored if m.state == StoredState.READY and not (m.pinned or m.in_use)]
-    for model in sorted(free, key=lambda m: (m.used_s, m.model)):
+    evictable = (StoredState.READY, StoredState.PARTIAL)
+    free = [m for m in stored if m.state in evictable and not (m.pinned or m.in_use)]
+    for model in sorted(free, key=lambda m: (m.state is StoredState.READY, m.used_s, m.model)):
         if freed >= need_bytes:
             break
         gone.append(model.model)
@@ -155,7 +161,7 @@ class ModelStore:
 
         Raises NotFound, Conflict if it is in use or was put there by hand.
         """
-        known = {model.model: model for model in self.stored()}.get(name)
+        known = {model.model: model for model in self._entries()}.get(name)
         if known is None:
             raise NotFound(f"{name} is not on this disk (market models ls --stored)")
         if known.state == StoredState.BY_HAND:
@@ -184,28 +190,36 @@ class ModelStore:
             with self._free(model.name):
                 _delete(folder)
         partial = self._folder / PARTIAL / model.name
-        manifest = _begin(partial, fresh)
-        self._make_room(model.name, _total(manifest) - _size(partial), evict)
+        with self._locked(ROOM, fcntl.LOCK_EX):
+            manifest = _begin(partial, fresh)
+            self._make_room(model.name, evict)
         source.download(files, partial)
         manifests.seal(partial, manifest, files)
         partial.rename(folder)
         manifests.sync(partial.parent, self._folder)
 
-    def _make_room(self, name: str, need_bytes: int, evict: bool) -> None:
-        """Evict what is needed least. Raises Overloaded if that is not enough."""
-        stored = [model for model in self.stored() if model.model != name]
+    def _make_room(self, name: str, evict: bool) -> None:
+        """Evict what is needed least for all that is pulled now. Raises Overloaded if it cannot."""
+        stored = self._entries()
+        to_come = {
+            model.model: max(0, model.total_bytes - model.bytes)
+            for model in stored
+            if model.state is StoredState.PARTIAL and model.in_use
+        }
+        need_bytes = sum(to_come.values())
         short = need_bytes + SPARE_BYTES - shutil.disk_usage(self._folder).free
         if self._max_bytes is not None:
-            had = sum(model.bytes for model in stored if model.state != StoredState.BY_HAND)
+            had = sum(model.bytes for model in stored if model.state is not StoredState.BY_HAND)
             short = max(short, had + need_bytes - self._max_bytes)
         if short <= 0:
             return
         gone = least_used(stored, short) if evict else None
         if gone is None:
-            kept = ", ".join(m.model for m in stored if m.pinned or m.in_use) or "none"
+            others = [m.model for m in stored if (m.pinned or m.in_use) and m.model != name]
             raise Overloaded(
-                f"{name} needs {need_bytes / GIB:.2f} GiB, {short / GIB:.2f} GiB more than there "
-                f"is room for; pinned or in use: {kept} (market models rm, {LIMIT_VARIABLE})",
+                f"{name} needs {to_come[name] / GIB:.2f} GiB, {short / GIB:.2f} GiB more than "
+                f"there is room for; pinned, in use or being pulled: {', '.join(others) or 'none'} "
+                f"(market models rm, {LIMIT_VARIABLE})",
                 code="storage_full",
             )
         for other in gone:

@@ -5,8 +5,10 @@ Downloads go on where they broke off, and only what a model needs is taken: weig
 never code.
 """
 
+import errno
 import fnmatch
 import importlib.util
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -220,6 +222,11 @@ class _reaching:  # noqa: N801  # reads as a statement
             return
         if isinstance(error, FileNotFoundError) or "NotFound" in type(error).__name__:
             raise NotFound(f"{self._what} is not there: {_line(error)}") from error
+        if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
+            raise Overloaded(
+                f"the disk is full: {self._what} cannot be stored (market models rm)",
+                code="storage_full",
+            ) from error
         raise Overloaded(
             f"{self._what} cannot be read now: {_line(error)}", code="source_unreachable"
         ) from error

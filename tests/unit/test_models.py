@@ -1,6 +1,7 @@
 """The model store over folders and a web server of the test's own."""
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -289,6 +290,55 @@ class TestRoom:
             limited.pull(model(origin), evict=False)
         assert set(named(store)) >= set(names)
 
+    def test_what_others_are_pulling_has_its_room(self, tmp_path, origin, monkeypatch):
+        """One may begin to pull while nothing of the other is there yet."""
+        store = ModelStore(tmp_path / "models", max_bytes=2 * WEIGHTS)
+        copy, began, over = FileSystem._copy, threading.Event(), threading.Event()
+
+        def waits(self, file, target):
+            began.set()
+            over.wait(10)
+            copy(self, file, target)
+
+        monkeypatch.setattr(FileSystem, "_copy", waits)
+        thread = threading.Thread(target=store.pull, args=(model(origin),))
+        thread.start()
+        assert began.wait(10)
+        with pytest.raises(Overloaded, match="being pulled: qwen-7b") as caught:
+            store.pull(model(origin, "qwen-3b"))
+        assert caught.value.code == "storage_full"
+        over.set()
+        thread.join(10)
+        assert named(store)["qwen-7b"].state is StoredState.READY
+
+    def test_what_was_pulled_before_a_break_counts(self, tmp_path, origin):
+        store = ModelStore(tmp_path / "models")
+        breaks_off(store, origin)
+        limited = ModelStore(store._folder, max_bytes=WEIGHTS - 1000)
+        with pytest.raises(Overloaded, match="room"):
+            limited.pull(model(origin))
+
+    def test_pulls_that_broke_off_go_first(self, tmp_path, store, origin):
+        names = self.fill(store, tmp_path)
+        breaks_off(store, origin)
+        limited = ModelStore(store._folder, max_bytes=int(4.1 * WEIGHTS))
+        limited.pull(model(make(tmp_path / "new", 8), "qwen-72b"))
+        assert set(named(store)) == {*names, "qwen-72b"}
+
+    def test_full_disk_is_named(self, store, origin, monkeypatch):
+        def full(self, file, target):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+        monkeypatch.setattr(FileSystem, "_copy", full)
+        with pytest.raises(Overloaded, match="disk is full") as caught:
+            store.pull(model(origin))
+        assert caught.value.code == "storage_full"
+
+    def test_room_is_made_without_a_look_at_memory(self, tmp_path, store, origin, monkeypatch):
+        self.fill(store, tmp_path)
+        monkeypatch.setattr(models, "_cached", None)
+        ModelStore(store._folder, max_bytes=4 * WEIGHTS - 1).pull(model(origin))
+
     def test_one_that_is_evicted_just_before_it_is_used_comes_back(self, store, origin):
         pull, pulled = store.pull, []
 
@@ -325,10 +375,13 @@ class TestRoom:
             StoredModel("b", ready, 5, 5, 2.0),
             StoredModel("c", StoredState.BY_HAND, 50, 50, 0.0),
             StoredModel("d", ready, 50, 50, 0.0, pinned=True),
+            StoredModel("e", StoredState.PARTIAL, 2, 50, 9.0),
+            StoredModel("f", StoredState.PARTIAL, 9, 50, 0.0, in_use=True),
         ]
-        assert least_used(stored, 5) == ["a"]
-        assert least_used(stored, 6) == ["a", "b"]
-        assert least_used(stored, 11) is None
+        assert least_used(stored, 2) == ["e"]
+        assert least_used(stored, 7) == ["e", "a"]
+        assert least_used(stored, 8) == ["e", "a", "b"]
+        assert least_used(stored, 13) is None
 
     @pytest.mark.parametrize("text", ["0", "much", "-1"])
     def test_senseless_limits(self, tmp_path, monkeypatch, text):
