@@ -13,6 +13,8 @@ app = typer.Typer(help="The catalog of models, and their files.", no_args_is_hel
 STORED = ("node", "model", "state", "gib", "in_memory", "used", "pinned", "in_use", "message")
 POLL_S = 0.3
 AGAIN_MAX = 20
+# So long nothing may change, but for files that are checked.
+QUIET_S = 120.0
 ENDED = ("ready", "by_hand", "failed")
 
 Name = Annotated[str, typer.Argument(help="A model of the catalog (market models ls).")]
@@ -95,14 +97,15 @@ def _begin(model: str, nodes: list[str], pin: bool) -> list[str]:
 def _watch(model: str, nodes: list[str], pin: bool) -> list[dict[str, Any]]:
     """The rows of all nodes once nothing is pulled any more, with a bar for each meanwhile.
 
-    A pull whose process died is asked for again: it goes on where it broke off.
+    A pull whose process died is asked for again: it goes on where it broke off. Raises MarketFault
+    if a node tells nothing new for long.
     """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     from market.errors import MarketFault
 
-    again = 0
+    again, told, told_s = 0, None, time.monotonic()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -121,6 +124,19 @@ def _watch(model: str, nodes: list[str], pin: bool) -> list[dict[str, Any]]:
                 )
             if len(rows) == len(nodes) and all(row["state"] in ENDED for row in rows):
                 break
+            news = [(row["node_id"], row["state"], row["bytes"]) for row in rows]
+            checked = any(
+                row["state"] == "pulling" and 0 < row["total_bytes"] <= row["bytes"] for row in rows
+            )
+            if news != told or checked:
+                told, told_s = news, time.monotonic()
+            elif time.monotonic() - told_s > QUIET_S:
+                ended = {row["node_id"] for row in rows if row["state"] in ENDED}
+                quiet = ", ".join(name for name in nodes if name not in ended)
+                raise MarketFault(
+                    f"nothing new of the pull of {model} for {QUIET_S:.0f} s from {quiet}; what "
+                    "runs there goes on: see market models ls --stored, or pull again"
+                )
             broken = [row["node_id"] for row in rows if row["state"] == "partial"]
             if broken:
                 again += 1

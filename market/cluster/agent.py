@@ -157,7 +157,7 @@ class Pulls:
         found = {model.model: model for model in ModelStore(models_dir).stored()}
         for name, thread in self._threads.items():
             known = found.get(name) or StoredModel(name, StoredState.PARTIAL, 0, 0, 0.0)
-            if thread.is_alive() and known.state is StoredState.PARTIAL:
+            if thread.is_alive():  # also in the place of what is there from another source
                 found[name] = replace(known, state=StoredState.PULLING)
             elif name in self._failed:
                 state = known.state

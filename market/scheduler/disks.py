@@ -77,7 +77,7 @@ class Disks:
         Raises NotFound, Overloaded.
         """
         model = catalog.find(name)
-        offers = [self._offer(node_id) for node_id in nodes] or [
+        offers = [self._offer(node_id) for node_id in dict.fromkeys(nodes)] or [
             offer
             for offer in self._core.offers
             if offer.state is OfferState.OPEN and matching.can_hold(offer, model)
@@ -98,7 +98,7 @@ class Disks:
         """
         freed: dict[str, int] = {}
         errors: list[MarketError] = []
-        offers = [self._offer(node_id) for node_id in nodes] or [
+        offers = [self._offer(node_id) for node_id in dict.fromkeys(nodes)] or [
             offer for offer in self._core.offers if offer.state in SEEN
         ]
         for offer in offers:

@@ -715,6 +715,9 @@ def test_replicas_are_found_by_their_environment(tmp_path):
     assert nodes._replicas_here(tmp_path, "n1") == set()
 
 
+STUCK = StoredModel("qwen-0.5b", StoredState.PULLING, 5, 9, 0.0)
+
+
 class TestStoredModels:
     def test_pulled_listed_and_removed(self, market, run):
         assert "no models on disk" in run("models", "ls", "--stored").out
@@ -761,6 +764,19 @@ class TestStoredModels:
         monkeypatch.setattr(market.cluster, "pull", lambda model, offer, pin, evict: None)
         monkeypatch.setattr("market.cli.models.POLL_S", 0.01)
         assert "breaks off again and again" in run("models", "pull", "qwen-0.5b", code=1).err
+
+    def test_node_that_is_named_twice_is_one(self, market, run):
+        nodes = ("--node", "farm", "--node", "farm")
+        (row,) = run("models", "pull", "qwen-0.5b", *nodes, *JSON).json
+        assert row["state"] == "ready"
+
+    @pytest.mark.parametrize("there", [{}, {"qwen-0.5b": STUCK}])
+    def test_node_that_says_nothing_new_is_given_up(self, market, run, monkeypatch, there):
+        market.cluster.disks["farm"] = there
+        monkeypatch.setattr(market.cluster, "pull", lambda model, offer, pin, evict: None)
+        monkeypatch.setattr("market.cli.models.POLL_S", 0.01)
+        monkeypatch.setattr("market.cli.models.QUIET_S", 0.1)
+        assert "from farm" in run("models", "pull", "qwen-0.5b", code=1).err
 
     def test_pull_whose_process_died_is_asked_for_again(self, market, run, monkeypatch):
         broken = StoredModel("qwen-0.5b", StoredState.PARTIAL, 5, 9, 0.0)

@@ -642,6 +642,19 @@ class TestPulls:
         assert (entry.state, entry.pinned, entry.message) == (StoredState.READY, True, "")
         assert pulls.remove("qwen-7b", store._folder) == entry.bytes
 
+    def test_other_source_is_being_pulled_though_the_old_one_is_there(
+        self, store, origin, tmp_path, monkeypatch
+    ):
+        store.pull(model(origin))
+        over, files = threading.Event(), FileSystem.files
+        monkeypatch.setattr(FileSystem, "files", lambda *args: over.wait(10) and files(*args))
+        pulls = Pulls()
+        pulls.begin(model(make(tmp_path / "other")), store._folder, pin=False)
+        assert pulls.stored(store._folder)[0].state is StoredState.PULLING
+        over.set()
+        self.settle(pulls)
+        assert pulls.stored(store._folder)[0].state is StoredState.READY
+
     def test_failure_is_told_until_the_next_try(self, store, origin):
         (origin / "model-1.safetensors").rename(origin / "later")
         (origin / "model-0.safetensors").rename(origin / "earlier")
