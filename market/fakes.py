@@ -406,10 +406,11 @@ class FakeCluster:
             raise Overloaded(f"node {offer.node_id} does not answer")
         return tuple(self.disks[offer.node_id].values())
 
-    def pull(self, model: Model, offer: Offer, *, pin: bool, evict: bool) -> None:
+    def pull(self, model: Model, offer: Offer, *, pin: bool | None, evict: bool) -> None:
         """There at once."""
-        size = model.weights_bytes
-        stored = StoredModel(model.name, StoredState.READY, size, size, 0.0, pin)
+        size, known = model.weights_bytes, self.disks[offer.node_id].get(model.name)
+        pinned = pin if pin is not None else known is not None and known.pinned
+        stored = StoredModel(model.name, StoredState.READY, size, size, 0.0, pinned)
         self.disks[offer.node_id][model.name] = stored
 
     def read_in(self, model: Model, offer: Offer) -> None:

@@ -14,13 +14,16 @@ router = APIRouter(prefix="/market/v1/stored-models")
 
 
 class Pull(BaseModel):
-    """Body of ``POST /stored-models``: to these nodes, or to all that are open."""
+    """Body of ``POST /stored-models``: to these nodes, or to all that are open.
+
+    ``pin``: keep it, or unpin it; null leaves that as it is.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     model: str
     nodes: list[str] = []
-    pin: bool = False
+    pin: bool | None = None
 
 
 @router.get("")

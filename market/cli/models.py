@@ -56,7 +56,9 @@ def list_models(
 def pull(
     model: Name,
     node: Nodes = None,
-    pin: Annotated[bool, typer.Option("--pin", help="Never evict it.")] = False,
+    pin: Annotated[
+        bool | None, typer.Option(help="Never evict it, or allow it again; default: as it is.")
+    ] = None,
     wait: Annotated[bool, typer.Option(help="Wait until it is there.")] = True,
     output: OutputOption = Output.TABLE,
 ) -> None:
@@ -85,7 +87,7 @@ def remove(model: Name, node: Nodes = None, output: OutputOption = Output.TABLE)
     show(output, answer)
 
 
-def _begin(model: str, nodes: list[str], pin: bool) -> list[str]:
+def _begin(model: str, nodes: list[str], pin: bool | None) -> list[str]:
     """Ask for a pull; the nodes that do."""
     from market.cli.api import request
 
@@ -94,7 +96,7 @@ def _begin(model: str, nodes: list[str], pin: bool) -> list[str]:
     return begun
 
 
-def _watch(model: str, nodes: list[str], pin: bool) -> list[dict[str, Any]]:
+def _watch(model: str, nodes: list[str], pin: bool | None) -> list[dict[str, Any]]:
     """The rows of all nodes once nothing is pulled any more, with a bar for each meanwhile.
 
     A pull whose process died is asked for again: it goes on where it broke off. Raises MarketFault

@@ -113,7 +113,7 @@ class NodeAgent:
         """What is on the node's disk or on its way there."""
         return self._pulls.stored(Path(models_dir))
 
-    def pull(self, model: Model, models_dir: str, pin: bool, evict: bool) -> None:
+    def pull(self, model: Model, models_dir: str, pin: bool | None, evict: bool) -> None:
         """Begin to pull a model; ``models`` tells how far it is."""
         self._pulls.begin(model, Path(models_dir), pin=pin, evict=evict)
 
@@ -135,13 +135,15 @@ class Pulls:
     def __init__(self) -> None:
         self._threads: dict[str, threading.Thread] = {}
         self._failed: dict[str, str] = {}
-        self._to_pin: set[str] = set()
+        self._to_pin: dict[str, bool] = {}
         self._reading: threading.Thread | None = None
 
-    def begin(self, model: Model, models_dir: Path, *, pin: bool, evict: bool = True) -> None:
-        """Pull beside us; one that runs goes on."""
-        if pin:
-            self._to_pin.add(model.name)
+    def begin(
+        self, model: Model, models_dir: Path, *, pin: bool | None, evict: bool = True
+    ) -> None:
+        """Pull beside us; one that runs goes on. Then pin or unpin it, unless ``pin`` is None."""
+        if pin is not None:
+            self._to_pin[model.name] = pin
         running = self._threads.get(model.name)
         if running is None or not running.is_alive():
             self._failed.pop(model.name, None)
@@ -185,9 +187,9 @@ class Pulls:
         try:
             store = ModelStore(models_dir)
             store.pull(model, evict=evict)
-            if model.name in self._to_pin:  # who wants that may have come meanwhile
-                self._to_pin.discard(model.name)
-                store.pull(model, pin=True)
+            pin = self._to_pin.pop(model.name, None)  # who wants that may have come meanwhile
+            if pin is not None:
+                store.pull(model, pin=pin)
         except MarketError as error:
             self._failed[model.name] = error.message
             logger.warning("%s was not pulled: %s", model.name, error)
@@ -229,7 +231,9 @@ class AgentClient:
         found: list[StoredModel] = self._ask(node_id, "models", ANSWER_TIMEOUT_S, models_dir)
         return found
 
-    def pull(self, node_id: str, model: Model, models_dir: str, *, pin: bool, evict: bool) -> None:
+    def pull(
+        self, node_id: str, model: Model, models_dir: str, *, pin: bool | None, evict: bool
+    ) -> None:
         """Begin to pull a model to a node. Raises Overloaded if it does not answer."""
         self._ask(node_id, "pull", ANSWER_TIMEOUT_S, model, models_dir, pin, evict)
 

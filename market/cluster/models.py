@@ -101,8 +101,8 @@ class ModelStore:
             replace(entry, cached=_cached(self._folder / entry.model)) for entry in self._entries()
         ]
 
-    def pull(self, model: Model, *, pin: bool = False, evict: bool = True) -> None:
-        """Have a model here, complete and right; again goes on or changes nothing.
+    def pull(self, model: Model, *, pin: bool | None = None, evict: bool = True) -> None:
+        """Have a model here, complete and right; again goes on or changes nothing but the pin.
 
         Others are evicted for it, or with ``evict`` false it is not pulled if room is short. What
         was pulled from another source is replaced.
@@ -115,8 +115,8 @@ class ModelStore:
             with self._locked(model.name, fcntl.LOCK_EX, PULL):
                 if not _has(folder, model):  # another process may have pulled it meanwhile
                     self._pull(model, folder, evict)
-        if pin:
-            self.pin(model.name, True)
+        if pin is not None:
+            self.pin(model.name, pin)
 
     def use(self, model: Model) -> None:
         """Pull it, and keep it from being evicted until this process ends."""

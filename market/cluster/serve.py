@@ -143,7 +143,7 @@ class ServeCluster:
         """What is on the node's disk."""
         return tuple(self._agents.models(offer.node_id, self._models_dir(offer)))
 
-    def pull(self, model: Model, offer: Offer, *, pin: bool, evict: bool) -> None:
+    def pull(self, model: Model, offer: Offer, *, pin: bool | None, evict: bool) -> None:
         """Begin to pull a model to a node."""
         folder = self._models_dir(offer)
         self._agents.pull(offer.node_id, model, folder, pin=pin, evict=evict)

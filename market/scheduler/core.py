@@ -85,9 +85,10 @@ class Cluster(Protocol):
         """What is on a node's disk. Raises Overloaded if it does not answer."""
         ...
 
-    def pull(self, model: Model, offer: Offer, *, pin: bool, evict: bool) -> None:
+    def pull(self, model: Model, offer: Offer, *, pin: bool | None, evict: bool) -> None:
         """Begin to pull a model to a node, in the place of others only with ``evict``.
 
+        ``pin``: keep it until it is unpinned, or unpin it; None leaves that as it is.
         Raises Overloaded if it does not answer.
         """
         ...

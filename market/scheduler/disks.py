@@ -71,7 +71,7 @@ class Disks:
         await asyncio.gather(*(look(o) for o in self._core.offers if o.state in SEEN))
         return found
 
-    async def pull(self, name: str, nodes: Iterable[str], pin: bool) -> list[str]:
+    async def pull(self, name: str, nodes: Iterable[str], pin: bool | None) -> list[str]:
         """Begin to pull a model to nodes (none named: to all that can run it); their names.
 
         Raises NotFound, Overloaded.
@@ -133,7 +133,7 @@ class Disks:
                 self._tried_s[name, offer.node_id] = now_s
                 try:
                     await asyncio.to_thread(
-                        self._core.cluster.pull, model, offer, pin=False, evict=False
+                        self._core.cluster.pull, model, offer, pin=None, evict=False
                     )
                 except MarketError as error:
                     logger.info("%s not pulled to %s: %s", name, offer.node_id, error)

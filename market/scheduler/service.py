@@ -312,7 +312,7 @@ class Scheduler:
         """What is on the disks of all nodes that answer, by node."""
         return await self._disks.stored()
 
-    async def pull_model(self, name: str, nodes: Sequence[str], pin: bool) -> list[str]:
+    async def pull_model(self, name: str, nodes: Sequence[str], pin: bool | None) -> list[str]:
         """Begin to pull a model to nodes, or to all that are open. See Disks.pull."""
         return await self._disks.pull(name, nodes, pin)
 

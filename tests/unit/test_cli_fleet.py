@@ -724,6 +724,9 @@ class TestStoredModels:
         done = run("models", "pull", "qwen-0.5b", "--pin", *JSON)
         assert [(row["node_id"], row["state"]) for row in done.json] == [("farm", "ready")]
         assert done.json[0]["pinned"] is True
+        assert run("models", "pull", "qwen-0.5b", *JSON).json[0]["pinned"] is True
+        done = run("models", "pull", "qwen-0.5b", "--no-pin", *JSON)
+        assert done.json[0]["pinned"] is False
         shown = run("models", "ls", "--stored").out
         assert "qwen-0.5b" in shown
         assert "ready" in shown

@@ -640,6 +640,10 @@ class TestPulls:
         self.settle(pulls)
         (entry,) = pulls.stored(store._folder)
         assert (entry.state, entry.pinned, entry.message) == (StoredState.READY, True, "")
+        for pin, pinned in ((None, True), (False, False)):
+            pulls.begin(model(origin), store._folder, pin=pin)
+            self.settle(pulls)
+            assert pulls.stored(store._folder)[0].pinned is pinned
         assert pulls.remove("qwen-7b", store._folder) == entry.bytes
 
     def test_other_source_is_being_pulled_though_the_old_one_is_there(
