@@ -9,9 +9,10 @@ from market.errors import MarketError, NotFound
 from market.forecast import BUCKET_S
 from market.matching import Misfit
 from market.scheduler.core import Core
+from market.scheduler.elastic import Elastic
 from market.scheduler.forecasts import Forecasts
 from market.scheduler.pools import Pools
-from market.types import LeaseState, Mode, Offer, OfferState, StoredModel, StoredState
+from market.types import Deployment, LeaseState, Mode, Offer, OfferState, StoredModel, StoredState
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +33,11 @@ RETRY_S = 600.0
 class Disks:
     """Looks at the disks now and then; nodes that do not answer keep what was seen last."""
 
-    def __init__(self, core: Core, pools: Pools, forecasts: Forecasts) -> None:
+    def __init__(self, core: Core, pools: Pools, forecasts: Forecasts, elastic: Elastic) -> None:
         self._core = core
         self._pools = pools
         self._forecasts = forecasts
+        self._elastic = elastic
         self._tried_s: dict[tuple[str, str], float] = {}
         self._read_s: dict[tuple[str, str], float] = {}
 
@@ -121,9 +123,9 @@ class Disks:
         return freed
 
     async def prefetch(self) -> None:
-        """Pull what is about to start where it will: sleeping pools and leases booked ahead."""
+        """Pull what may start soon where it will: pools that wake or grow, leases booked ahead."""
         now_s = self._core.clock.monotonic()
-        for name, offer in self._expected():
+        for name, offer in await self._expected(growing=True):
             model = catalog.find(name)
             on_disk = self._core.on_disk.get(offer.node_id)
             if model.source == "local" or on_disk is None or name in on_disk:
@@ -140,7 +142,7 @@ class Disks:
 
     async def read_ahead(self) -> None:
         """Bring what is likely to be started soon from the disk into the host's memory."""
-        for name, offer in self._expected():
+        for name, offer in await self._expected():
             model, memory = catalog.find(name), self._core.in_memory.get(offer.node_id, frozenset())
             there = name in self._core.on_disk.get(offer.node_id, frozenset())
             fits = model.weights_bytes <= MEMORY_MAX * offer.memory_mib * MIB
@@ -151,21 +153,32 @@ class Disks:
                 self._read_s[key] = now_s
                 await asyncio.to_thread(self._core.cluster.read_in, model, offer)
 
-    def _expected(self) -> list[tuple[str, Offer]]:
+    async def _expected(self, *, growing: bool = False) -> list[tuple[str, Offer]]:
+        """What is not there and may start soon, with its node; also further replicas on request."""
         state = self._core.state
         found = [
             (lease.model, state.offers[lease.offer_id])
             for lease in self._core.open_leases()
             if lease.state is LeaseState.PENDING
         ]
-        for deployment in state.deployments.values():
+        for deployment in list(state.deployments.values()):
+            await asyncio.sleep(0)  # to look at many nodes takes its time
             if deployment.mode is Mode.TOKENS and not deployment.stopping:
-                if self._core.replicas_of(deployment.deployment_id):
+                count = len(self._core.replicas_of(deployment.deployment_id))
+                if count and not (growing and count < deployment.bounds.maximum):
                     continue
-                places = self._pools.places(catalog.find(deployment.model), 1)
-                if not isinstance(places, Misfit):
-                    found.append((deployment.model, state.offers[places[0].offer_id]))
+                offer = self._next(deployment)
+                if offer is not None:
+                    found.append((deployment.model, offer))
         return found
+
+    def _next(self, deployment: Deployment) -> Offer | None:
+        """The node of the pool's next replica: with room now, or after an eviction."""
+        places = self._pools.places(catalog.find(deployment.model), 1)
+        if not isinstance(places, Misfit):
+            return self._core.state.offers[places[0].offer_id]
+        room = self._elastic.room_after(deployment)
+        return None if room is None else room[0]
 
     def _offer(self, node_id: str) -> Offer:
         for offer in self._core.offers:

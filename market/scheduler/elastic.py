@@ -18,7 +18,7 @@ from market.scheduler.forecasts import Forecasts
 from market.scheduler.pools import Pools
 from market.scheduler.shares import Shares
 from market.scheduler.starts import Starts
-from market.types import Deployment, Mode, Replica, ReplicaState
+from market.types import Deployment, Mode, Offer, Replica, ReplicaState
 
 logger = logging.getLogger(__name__)
 
@@ -320,30 +320,44 @@ class Elastic:
 
     # -- room ----------------------------------------------------------------------------------
 
-    async def _make_room(self, deployment: Deployment, misfit: Misfit) -> None:
-        """Put idle replicas of other pools out, if that makes room; a lease's are never touched."""
+    def room_after(self, deployment: Deployment) -> tuple[Offer, list[str]] | None:
+        """Where one more replica fits as soon as what leaves has left, and which must leave for it.
+
+        Only idle replicas of other pools may have to; a lease's are never touched.
+        """
         model, now_s = catalog.find(deployment.model), self._core.clock.monotonic()
+        offers = {offer.offer_id: offer for offer in self._core.offers}
         leaving = [r for r in self._core.state.replicas.values() if r.state in LEAVING]
         self._leaving_since_s = _kept(self._leaving_since_s, leaving, now_s)
         soon = [r for r in leaving if self._leaves_soon(r, now_s)]
         missing: dict[str, int] = {}
-        for offer in self._core.offers:
+        for offer in offers.values():
             milli = matching.share_milli(model, offer)
             if milli is None or not matching.takes_pools(offer, self._core.clock.now()):
                 continue
             for gpu, free in zip(offer.gpus, self._core.free_milli(offer, soon), strict=True):
                 missing[f"{offer.node_id}/{gpu.index}"] = milli - free
-        if any(milli <= 0 for milli in missing.values()):
-            return  # there will be room as soon as what leaves has left
+                if free >= milli:
+                    return offer, []
         chosen = autoscaling.to_evict(self._idlers(deployment), missing)
+        if not chosen:
+            return None
+        return offers[self._core.state.replicas[chosen[0]].place.offer_id], chosen
+
+    async def _make_room(self, deployment: Deployment, misfit: Misfit) -> None:
+        """Put idle replicas of other pools out, if that makes room."""
+        found = self.room_after(deployment)
+        if found is None:
+            logger.info("%s cannot grow: %s", deployment.model, misfit.reason)
+            self._is_stuck(deployment, misfit.reason)
+            return
+        _, chosen = found
         if chosen:
             logger.info("%s: room for it by %s", deployment.model, ", ".join(chosen))
             for name in chosen:
-                self._evicted_s[self._core.state.replicas[name].deployment_id] = now_s
+                evicted = self._core.state.replicas[name].deployment_id
+                self._evicted_s[evicted] = self._core.clock.monotonic()
             await self._drain(chosen, f"idle, and {deployment.model} needs its GPU")
-        else:
-            logger.info("%s cannot grow: %s", deployment.model, misfit.reason)
-            self._is_stuck(deployment, misfit.reason)
 
     def _leaves_soon(self, replica: Replica, now_s: float) -> bool:
         since_s = self._leaving_since_s[replica.replica_id]

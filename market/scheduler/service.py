@@ -95,8 +95,8 @@ class Scheduler:
         self._rules = Rules(self._core)
         self._shares = Shares(clock, ledger)
         self._forecasts = Forecasts(self._core)
-        self._disks = Disks(self._core, self._pools, self._forecasts)
         self._elastic = Elastic(self._core, self._pools, self._shares, self._forecasts)
+        self._disks = Disks(self._core, self._pools, self._forecasts, self._elastic)
         self._keeper = Keeper(
             self._core,
             self._nodes,

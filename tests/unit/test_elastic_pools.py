@@ -324,6 +324,20 @@ class TestElasticPools:
             ready = {r.model for r in (await scheduler.routes()).ready}
             assert ready == {"smollm2-135m"}
 
+    async def test_where_an_eviction_would_make_room_a_model_is_pulled_ahead(self, farm):
+        farm.offers = [replace(FARM, gpus=(Gpu(0, "a10", 2_000),))]
+        async with farm.opened() as scheduler:
+            demands = Demands(farm, scheduler)
+            await pool(scheduler, "tiny-qwen", minimum=0, maximum=1)
+            await pool(scheduler, "smollm2-135m", minimum=0, maximum=1)
+            await demands(3, cold={"tiny-qwen": 1})
+            await scheduler._disks.stored()
+            await scheduler._disks.prefetch()
+            assert not farm.cluster.disks["farm"]  # tiny-qwen has just been asked
+            await demands(10)
+            await scheduler._disks.prefetch()
+            assert set(farm.cluster.disks["farm"]) == {"smollm2-135m"}
+
 
 @pytest.fixture
 async def spared(tmp_path):

@@ -21,6 +21,7 @@ from market.types import (
     AppStatus,
     CloseReason,
     DeploymentState,
+    Gpu,
     Lane,
     LanePolicy,
     LeaseState,
@@ -561,6 +562,18 @@ class TestDisks:
             await scheduler.stored_models()
             await scheduler._disks.prefetch()
             assert set(farm.cluster.disks["farm"]) == {"smollm2-135m", "qwen-0.5b"}
+
+    @pytest.mark.parametrize(("maximum", "pulled"), [(1, set()), (2, {"smollm2-135m"})])
+    async def test_pool_that_may_grow_is_pulled_to_where_it_would(self, farm, maximum, pulled):
+        farm.offers = [replace(FARM, gpus=(Gpu(0, "a10", 2_000),))]
+        farm.offers.append(replace(farm.offers[0], offer_id="away", node_id="away"))
+        farm.cluster.nodes = {"farm", "away"}
+        async with farm.opened() as scheduler:
+            _, (replica,) = await pool(scheduler, "smollm2-135m", minimum=1, maximum=maximum)
+            await scheduler.stored_models()
+            await scheduler._disks.prefetch()
+            (free,) = {"farm", "away"} - {replica.place.node_id}
+            assert set(farm.cluster.disks[free]) == pulled
 
     async def test_what_was_removed_is_not_pulled_ahead_again_at_once(self, farm):
         async with farm.opened() as scheduler:
