@@ -24,12 +24,12 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Dialect, make_url
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DataError, OperationalError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from market import crash
-from market.errors import MarketFault
+from market.errors import InvalidRequest, MarketFault
 
 LOCK_POLL_S = 0.05
 POSTGRESQL_DISK_FULL = "53100"
@@ -159,9 +159,10 @@ class StorageFull(Exception):
 def run_group(engine: Engine, unit: Unit, commands: Sequence[Command]) -> list[Any]:
     """Run commands in one transaction; results in order, an exception in place of a refusal.
 
-    A command that raises is undone alone: one bad request must not take the others down. What SQL
-    itself raises is not caught: after a failed write or commit the process has to end. The one
-    exception is a full disk, noticed before the commit: StorageFull, nothing is done.
+    A command that raises is undone alone: one bad request must not take the others down. So is one
+    with a value that no column takes (too large, a NUL), as InvalidRequest. What else SQL raises is
+    not caught: after a failed write or commit the process has to end. The one exception is a full
+    disk, noticed before the commit: StorageFull, nothing is done.
     """
     results: list[Any] = []
     try:
@@ -171,11 +172,11 @@ def run_group(engine: Engine, unit: Unit, commands: Sequence[Command]) -> list[A
                 connection.exec_driver_sql("SAVEPOINT command")
                 try:
                     results.append(command(connection))
-                except SQLAlchemyError:
-                    raise
-                except Exception as error:  # noqa: BLE001  # handed to the one who asked
+                except Exception as error:  # handed to the one who asked
+                    if isinstance(error, SQLAlchemyError) and not isinstance(error, DataError):
+                        raise
                     connection.exec_driver_sql("ROLLBACK TO SAVEPOINT command")
-                    results.append(error)
+                    results.append(_refusal(error))
                 connection.exec_driver_sql("RELEASE SAVEPOINT command")
             unit.end(connection)
             crash.reach("before-commit")
@@ -186,6 +187,13 @@ def run_group(engine: Engine, unit: Unit, commands: Sequence[Command]) -> list[A
             raise StorageFull(str(error)) from error
         raise
     return results
+
+
+def _refusal(error: Exception) -> Exception:
+    # SQLite's driver has a word of its own for an integer beyond 64 bits.
+    if isinstance(error, DataError | OverflowError):
+        return InvalidRequest(f"the database cannot keep this: {getattr(error, 'orig', error)}")
+    return error
 
 
 def _is_full(error: BaseException) -> bool:
