@@ -6,7 +6,7 @@ number of pico units and every token charge is exact.
 
 import hashlib
 from datetime import UTC, datetime
-from decimal import Context, Decimal, InvalidOperation, localcontext
+from decimal import Context, Decimal, InvalidOperation
 
 from market.errors import InvalidRequest
 from market.types import CURRENCY, FinishReason, Lane, RateCard, TokenCounts
@@ -14,6 +14,7 @@ from market.types import CURRENCY, FinishReason, Lane, RateCard, TokenCounts
 PICO = 10**12
 TOKENS_PER_PRICE = 10**6
 MAX_DECIMALS = 6
+MONEY_TEXT_MAX = 60
 # Decimal's default context would round amounts of more than 28 digits.
 _WIDE = Context(prec=80)
 GPU_US_PER_HOUR = 3_600 * 10**6
@@ -32,16 +33,19 @@ def parse_money(text: str | int | Decimal, what: str = "amount") -> int:
 
     Raises InvalidRequest if it is no number, has more than 12 decimals or is out of range.
     """
+    if isinstance(text, str) and len(text) > MONEY_TEXT_MAX:
+        raise InvalidRequest(f"{what}: {text[:MONEY_TEXT_MAX]!r}... is too long for an amount")
     try:
         amount = Decimal(text)
     except (InvalidOperation, TypeError, ValueError):
         raise InvalidRequest(f"{what}: {text!r} is not a number, e.g. 10 or 2.50") from None
-    if not amount.is_finite() or abs(amount) > 10**15:
+    if not amount:
+        return 0
+    # The exponent is looked at first: to compute with a large one overflows.
+    if not amount.is_finite() or amount.adjusted() > 15 or abs(amount) > 10**15:
         raise InvalidRequest(f"{what}: {text} is out of range (at most 10^15)")
-    with localcontext(prec=len(amount.as_tuple().digits) + 30):
-        scaled = amount.scaleb(12)
-        exact = scaled == scaled.to_integral_value()
-    if not exact:
+    scaled = _WIDE.scaleb(amount, 12)
+    if not scaled or scaled != scaled.to_integral_value():
         raise InvalidRequest(f"{what}: {text} has more than 12 decimals")
     return int(scaled)
 
