@@ -61,8 +61,7 @@ class Config:
         """
         home = Path(environ.get("MARKET_HOME") or Path.home() / ".market").expanduser().absolute()
         url = (environ.get("MARKET_URL") or DEFAULT_URL).rstrip("/")
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if not _is_address(url):
             raise InvalidRequest(f"MARKET_URL={url!r} is no address such as {DEFAULT_URL}")
         fee_bps = _bps(environ, "MARKET_FEE_BPS", DEFAULT_FEE_BPS)
         sync = environ.get("MARKET_USAGE_SYNC") or UsageSync.SPOOL
@@ -166,6 +165,14 @@ class Config:
         Its own file on SQLite, because the ledger locks its file exclusively.
         """
         return self.database_url or f"sqlite:///{self.state_dir / 'scheduler.db'}"
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # half an IPv6 address, or a port beyond 65535
+        return False
 
 
 def _bps(environ: Mapping[str, str], name: str, default: int) -> int:

@@ -42,6 +42,8 @@ def fetch(
             if not refused or time.monotonic() > until_s or not _runs_here(config):
                 raise unreachable(config, error) from None
             time.sleep(RESTART_POLL_S)
+        except httpx.InvalidURL as error:
+            raise InvalidRequest(f"{url!r} is no address: {error}") from None
         else:
             raise_for_error(response)
             return response
@@ -76,8 +78,7 @@ def unreachable(config: Config, error: Exception) -> MarketError:
 
 def operator_key(config: Config) -> str:
     """MARKET_API_KEY, or the key that ``market up`` made. Raises InvalidKey."""
-    key = os.environ.get("MARKET_API_KEY")
-    if key:
+    if key := _key_given():
         return key
     try:
         return config.operator_key_file.read_text().strip()
@@ -89,8 +90,7 @@ def operator_key(config: Config) -> str:
 
 def tenant_key(config: Config) -> str:
     """MARKET_API_KEY, or the key that ``market keys create`` kept. Raises InvalidKey."""
-    key = os.environ.get("MARKET_API_KEY")
-    if key:
+    if key := _key_given():
         return key
     try:
         return config.chat_key_file.read_text().strip()
@@ -98,3 +98,11 @@ def tenant_key(config: Config) -> str:
         raise InvalidKey(
             "no tenant key: set MARKET_API_KEY, or run: market keys create --tenant NAME"
         ) from None
+
+
+def _key_given() -> str | None:
+    """MARKET_API_KEY, if it is set. Raises InvalidKey for what no header can hold."""
+    key = os.environ.get("MARKET_API_KEY")
+    if key and not (key.isascii() and key.isprintable()):
+        raise InvalidKey("MARKET_API_KEY is no key: it has characters that are in none")
+    return key

@@ -119,11 +119,11 @@ def _mark(use: Mapping[str, Any]) -> str:
         return ENDING
     if use["state"] == "waiting":
         return WAITING
-    return LEASE if use["mode"] == "lease" else POOL
+    return POOL if use["mode"] == "tokens" else LEASE
 
 
 def _words(use: Mapping[str, Any]) -> str:
-    kind = "lease" if use["mode"] == "lease" else "pool"
+    kind = "pool" if use["mode"] == "tokens" else "lease"
     state = "" if use["state"] == "ready" else f" ({use['state']})"
     return f"{use['milli'] / WHOLE_MILLI:g} {use['model']} {kind}{state}"
 

@@ -45,6 +45,7 @@ from serve_apps.http import Services, create_app
 from tests.samples import ACME, deposit
 
 URL = "http://market.example:8000"
+REQUEST = httpx.request
 KEYS = {"operator": Principal("key-op", Role.OPERATOR, "operator"), "acme": ACME}
 JSON = ("--output", "json")
 LEASE = ("deploy", "tiny-qwen", "--mode", "lease", "--tenant", "acme")
@@ -73,8 +74,8 @@ class Market:
             Authenticator(self.ledger, self.clock), None, None, None,
             ray_access=lambda: ("10.0.0.1:6379", "ray-token"),
         )  # fmt: skip
-        transport = httpx.ASGITransport(create_app(services))
-        self.client = httpx.AsyncClient(transport=transport)
+        self.app = create_app(services)
+        self.client = httpx.AsyncClient(transport=httpx.ASGITransport(self.app))
         self.asked = []
         self.then = []
         self.answers = True
@@ -206,6 +207,7 @@ class TestBars:
             ([], "·" * 20),
             ([use(500)], "#" * 10 + "·" * 10),
             ([use(1000, "tokens")], "=" * 20),
+            ([use(1000, "hybrid")], "#" * 20),
             ([use(250), use(250, "tokens")], "#" * 5 + "=" * 5 + "·" * 10),
             ([use(500, state="freeing"), use(500, state="stopping")], "-" * 20),
             # A booking for later stands behind what runs now and takes what that leaves.
@@ -234,6 +236,8 @@ class TestBars:
             "gpu 3 [##########=====·····] 0.5 tiny-qwen lease, 0.25 smollm2-135m pool (starting)"
         )
         assert bars.gpu_line({"index": 0, "used": []}).endswith("] free")
+        hybrid = {"index": 0, "used": [use(1000, "hybrid")]}
+        assert bars.gpu_line(hybrid).endswith("1 tiny-qwen lease")
 
     @pytest.mark.parametrize(
         ("indices", "milli", "words"),
@@ -559,6 +563,14 @@ class TestStatus:
         assert "ALARM    lag of gw0: 9 s" in shown
         assert "ALARM    the ledger's disk is full" in shown
         assert run("offers", *JSON).json == answer
+
+    def test_address_or_key_that_cannot_be_is_said_in_a_line(self, market, run, monkeypatch):
+        assert "MARKET_API_KEY is no key" in run("status", code=1, key="clé").err
+        monkeypatch.setattr(httpx, "request", REQUEST)
+        assert "is no address" in run("leases", "show", "a\x01b", code=1).err
+        for url in ("http://[::1", "http://market.example:99999"):
+            monkeypatch.setenv("MARKET_URL", url)
+            assert f"MARKET_URL={url!r} is no address" in run("status", code=1).err
 
     def test_nobody_answers(self, market, run):
         market.answers = False
