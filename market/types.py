@@ -24,6 +24,19 @@ class Mode(StrEnum):
     AUTO = "auto"
 
 
+_GPU_FIELDS = frozenset(("gpus", "gpu_type", "gpu_memory_gib", "region", "provider_id"))
+_ORDER_FIELDS = _GPU_FIELDS | frozenset(
+    ("engine", "term", "start", "max_price", "resale", "tenant_id", "order_id", "queue")
+)
+# What can be said of a deployment in each mode, besides its model.
+MODE_FIELDS: dict[Mode, frozenset[str]] = {
+    Mode.TOKENS: frozenset(("engine", "replicas", "keep_alive", "max_spend")),
+    Mode.LEASE: _ORDER_FIELDS,
+    Mode.HYBRID: _ORDER_FIELDS | {"spill_budget", "ttft_s"},
+    Mode.AUTO: frozenset(("tenant_id", "ttft_s", "cheap", "strong", "cost_target")),
+}
+
+
 class Lane(StrEnum):
     """How one request was served."""
 

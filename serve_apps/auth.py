@@ -142,6 +142,15 @@ def may_use(principal: Principal, lane: Lane) -> bool:
     return allowed is None or lane in allowed
 
 
+def require_lane(principal: Principal, lane: Lane) -> None:
+    """Raises PermissionDenied unless the key may be served on a lane, and order what serves it."""
+    if not may_use(principal, lane):
+        allowed = ", ".join(principal.policy.lanes or ()) or "none"
+        raise PermissionDenied(
+            f"this key may not use lane {lane}; it may use {allowed}", code="lane_not_allowed"
+        )
+
+
 def require_operator(principal: Principal) -> None:
     """Raises PermissionDenied unless the key is an operator's."""
     if principal.role is not Role.OPERATOR:
@@ -155,8 +164,16 @@ def require_provider(principal: Principal, provider_id: str) -> None:
         raise PermissionDenied(f"this key may not see provider {provider_id}")
 
 
-def require_subject(principal: Principal, tenant_id: str) -> None:
-    """Raises PermissionDenied unless the key is the operator's or this tenant's own."""
-    own = principal.role is Role.TENANT and principal.subject_id == tenant_id
-    if principal.role is not Role.OPERATOR and not own:
-        raise PermissionDenied(f"this key may not see tenant {tenant_id}")
+def require_tenant(principal: Principal, tenant_id: str | None = None) -> str | None:
+    """Whose things a key may see and change: its tenant's; None, for an operator's only, is all.
+
+    ``tenant_id`` is whom the caller names. Raises PermissionDenied if that is another tenant, and
+    for a provider's key.
+    """
+    if principal.role is Role.OPERATOR:
+        return tenant_id
+    if principal.role is not Role.TENANT:
+        raise PermissionDenied("this needs a tenant's key or the operator's")
+    if tenant_id not in (None, principal.subject_id):
+        raise PermissionDenied(f"this key is not one of tenant {tenant_id}")
+    return principal.subject_id

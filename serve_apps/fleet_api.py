@@ -1,153 +1,53 @@
 """``/market/v1``: supply and demand of GPUs: offers, nodes, deployments, orders, leases."""
 
-import contextlib
-import re
-import uuid
 from dataclasses import asdict, replace
-from datetime import UTC, datetime, timedelta
-from decimal import Decimal, InvalidOperation
-from typing import Annotated, Any, Literal
+from datetime import timedelta
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
 
-from market import catalog, leases, pricing
-from market.errors import InvalidRequest, PermissionDenied
+from market import leases, pricing, when
+from market.errors import InvalidRequest
 from market.scheduler.core import has_gpus
 from market.scheduler.nodes import Proof
 from market.scheduler.orders import Quote
 from market.scheduler.service import deployment_state
 from market.types import (
-    CURRENCY,
-    TERM_MAX_S,
-    Bounds,
     Deployment,
-    Gpu,
+    Lane,
     LanePolicy,
     Lease,
     Mode,
-    Offer,
     Order,
     Principal,
     Replica,
     ReplicaState,
     Role,
 )
-from serve_apps.auth import require_operator, require_provider
-from serve_apps.http import Caller, Services, With, principal_of
+from serve_apps.auth import (
+    require_lane,
+    require_model,
+    require_operator,
+    require_provider,
+    require_tenant,
+)
+from serve_apps.fleet_bodies import (
+    LeaseChange,
+    Leaving,
+    NewDeployment,
+    NewNode,
+    NewOrder,
+    Renewal,
+    bounds_of,
+    limit_of,
+    offer_of,
+    order_of,
+    policy_of,
+    require_used,
+)
+from serve_apps.http import Caller, Name, Services, With, principal_of
 
 router = APIRouter(prefix="/market/v1")
-
-TERM_UNITS_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 7 * 86_400}
-AUTO_FIELDS = frozenset(
-    ("model", "mode", "tenant_id", "ttft_s", "cheap", "strong", "cost_target", "dry_run")
-)
-# The first token is wanted within this time, unless somebody says otherwise.
-TTFT_S = 2.0
-Ttft = Annotated[float, Field(gt=0, le=600)]
-ENGINE_ON_GPU, ENGINE_ON_CPU = "vllm", "transformers"
-
-
-class Strict(BaseModel):
-    """Bodies of our own API refuse unknown fields: a typo must not pass silently."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class NewOrder(Strict):
-    """GPUs wanted for a model; ``order_id`` makes it safe to repeat.
-
-    ``gpus`` is a number of whole GPUs or a share such as 0.5; ``term`` like ``30d`` or ``12h``;
-    ``max_price`` per GPU-hour.
-    """
-
-    model: str
-    gpus: str = "1"
-    term: str = "1h"
-    start: str | None = None
-    engine: str | None = None
-    gpu_type: str | None = None
-    gpu_memory_gib: Annotated[int, Field(ge=1)] | None = None
-    max_price: str | None = None
-    region: str | None = None
-    provider_id: str | None = None
-    resale: bool = False
-    tenant_id: str | None = None
-    order_id: Annotated[str, Field(min_length=1, max_length=100)] = Field(
-        default_factory=lambda: f"order-{uuid.uuid4().hex[:16]}"
-    )
-
-
-class NewDeployment(NewOrder):
-    """Body of ``POST /deployments``: tokens for everybody, or a lease, hybrid or auto for a tenant.
-
-    ``replicas`` is a number or "MIN:MAX"; those above MIN stay while they are used and for
-    ``keep_alive`` ("10m"; default: by break-even), and all of them together cost at most
-    ``max_spend`` an hour. ``queue``: an order for a lease that fits nowhere waits instead of being
-    refused. A hybrid spills for at most ``spill_budget`` a day, when the first token would take
-    longer than ``ttft_s``. An auto deployment of two models is a name of the tenant's own.
-    """
-
-    mode: str = "tokens"
-    spill_budget: str | None = None
-    ttft_s: Ttft | None = None
-    cheap: str | None = None
-    strong: str | None = None
-    cost_target: Annotated[float, Field(gt=0, le=1)] | None = None
-    replicas: int | str | None = None
-    keep_alive: str | None = None
-    max_spend: str | None = None
-    queue: bool = False
-    dry_run: bool = False
-
-
-class NodeFacts(Strict):
-    """A node as it describes itself. ``ask`` is per GPU-hour."""
-
-    node_id: str
-    provider_id: str
-    gpu_type: str
-    gpus: list[Gpu]
-    cpu_count: Annotated[int, Field(ge=1)]
-    memory_mib: Annotated[int, Field(ge=1)]
-    ask: str
-    region: str = "local"
-    logical: bool = False
-    models_dir: str = ""
-    available_from: str | None = None
-    available_until: str | None = None
-    term_min: str | None = None
-    term_max: str | None = None
-
-
-class NewNode(Strict):
-    """Body of ``POST /nodes``: the first time with a join token, later with the node's key."""
-
-    node: NodeFacts
-    join_token: str | None = None
-    node_id: str | None = None
-    node_key: str | None = None
-
-
-class Leaving(Strict):
-    """Body of ``POST /nodes/{id}/leave``. The node itself shows its key."""
-
-    force: bool = False
-    node_key: str | None = None
-
-
-class Renewal(Strict):
-    """Body of ``POST /leases/{id}/renew``."""
-
-    term: str
-
-
-class LeaseChange(Strict):
-    """Body of ``PATCH /leases/{id}``: what is left out stays; no ``spill_budget`` is any."""
-
-    spill_budget: str | None = None
-    ttft_s: Ttft = TTFT_S
-    resale: bool = False
 
 
 # -- supply ----------------------------------------------------------------------------------
@@ -160,7 +60,7 @@ async def offers(services: With, _caller: Caller) -> list[dict[str, Any]]:
 
 
 @router.post("/providers/{provider_id}/join-tokens")
-async def make_join_token(provider_id: str, services: With, caller: Caller) -> dict[str, str]:
+async def make_join_token(provider_id: Name, services: With, caller: Caller) -> dict[str, str]:
     """A one-time token with which one node of the provider can join within the hour."""
     require_provider(caller, provider_id)
     if provider_id not in await services.ledger.providers():
@@ -174,7 +74,7 @@ async def make_join_token(provider_id: str, services: With, caller: Caller) -> d
 @router.post("/nodes")
 async def join(body: NewNode, services: With) -> dict[str, str]:
     """Let a node in. It gets what a Ray node needs, and nothing else."""
-    offer = _offer_of(body.node, services)
+    offer = offer_of(body.node, services.clock.now())
     key = await services.scheduler.join(offer, Proof(body.join_token, body.node_key))
     address, token = services.ray_access()
     return {
@@ -186,7 +86,9 @@ async def join(body: NewNode, services: With) -> dict[str, str]:
 
 
 @router.post("/nodes/{node_id}/drain")
-async def drain(node_id: str, services: With, caller: Caller, back: bool = False) -> dict[str, Any]:
+async def drain(
+    node_id: Name, services: With, caller: Caller, back: bool = False
+) -> dict[str, Any]:
     """Match nothing more with a node (``back``: do again); what runs there runs on."""
     await _require_own_node(services, caller, node_id)
     offer = await services.scheduler.drain(node_id, back)
@@ -194,7 +96,7 @@ async def drain(node_id: str, services: With, caller: Caller, back: bool = False
 
 
 @router.post("/nodes/{node_id}/leave")
-async def leave(node_id: str, body: Leaving, services: With, request: Request) -> dict[str, Any]:
+async def leave(node_id: Name, body: Leaving, services: With, request: Request) -> dict[str, Any]:
     """Take a node out for good; with ``force`` its leases end, unpaid from now on."""
     if body.node_key is not None:
         await services.scheduler.require_node_key(node_id, body.node_key)
@@ -210,18 +112,19 @@ async def leave(node_id: str, body: Leaving, services: With, request: Request) -
 @router.post("/deployments")
 async def deploy(body: NewDeployment, services: With, caller: Caller) -> dict[str, Any]:
     """Make a model available; returns at once, the state tells when it serves."""
-    if body.mode not in set(Mode):
-        raise InvalidRequest(f"mode {body.mode!r} is unknown; use {', '.join(Mode)}", param="mode")
-    policy = _policy(body)
+    require_used(body)
+    policy = policy_of(body)
     if body.mode in (Mode.LEASE, Mode.HYBRID):
         return await _lease(body, policy, services, caller)
-    if body.mode == Mode.AUTO:
+    if body.mode is Mode.AUTO:
         assert policy is not None
         tenant_id = _for_tenant(body, caller)
+        for model in filter(None, (body.model, body.cheap, body.strong)):
+            require_model(caller, model)
         made = await services.scheduler.open_auto(body.model, tenant_id, policy, body.dry_run)
         return deployment_row(made, ())
     require_operator(caller)
-    bounds = _bounds(body)
+    bounds = bounds_of(body)
     found = await services.scheduler.open_pool(body.model, body.engine, bounds, body.dry_run)
     return deployment_row(*found)
 
@@ -235,8 +138,8 @@ async def quote(body: NewOrder, services: With, caller: Caller) -> dict[str, Any
 
 @router.get("/deployments")
 async def deployments(services: With, caller: Caller) -> list[dict[str, Any]]:
-    """What should run, and its state. Tenants see pools and their own."""
-    tenant_id = _tenant_of(caller)
+    """What should run, and its state. Tenants see pools and their own; providers see leases."""
+    tenant_id = require_tenant(caller)
     reasons = await services.scheduler.scaling()
     return [
         deployment_row(deployment, replicas)
@@ -247,9 +150,15 @@ async def deployments(services: With, caller: Caller) -> list[dict[str, Any]]:
 
 
 @router.delete("/deployments/{name}")
-async def undeploy(name: str, services: With, caller: Caller) -> dict[str, Any]:
+async def undeploy(name: Name, services: With, caller: Caller) -> dict[str, Any]:
     """Drain and remove a deployment, named by model or id; a lease's is released."""
-    tenant_id = _tenant_of(caller)
+    tenant_id = require_tenant(caller)
+    for deployment, _ in await services.scheduler.deployments():
+        named = name in (deployment.deployment_id, deployment.model)
+        if named and tenant_id in (None, deployment.tenant_id):
+            require_model(caller, deployment.model)
+            if deployment.lease_id is not None:
+                require_lane(caller, Lane.LEASE)
     deployment = await services.scheduler.undeploy(name, tenant_id)
     return deployment_row(deployment, ())
 
@@ -257,71 +166,72 @@ async def undeploy(name: str, services: With, caller: Caller) -> dict[str, Any]:
 @router.get("/orders")
 async def orders(services: With, caller: Caller) -> list[dict[str, Any]]:
     """Orders that wait and orders lately refused, each with its reason."""
-    return [order_row(order) for order in await services.scheduler.orders(_tenant_of(caller))]
+    return [order_row(order) for order in await services.scheduler.orders(require_tenant(caller))]
 
 
 @router.delete("/orders/{order_id}")
-async def cancel_order(order_id: str, services: With, caller: Caller) -> dict[str, Any]:
+async def cancel_order(order_id: Name, services: With, caller: Caller) -> dict[str, Any]:
     """Take a waiting order back."""
-    order = await services.scheduler.cancel_order(order_id, _tenant_of(caller))
-    return order_row(order)
+    tenant_id = require_tenant(caller)
+    for order in await services.scheduler.orders(tenant_id):
+        if order.order_id == order_id:
+            _require_leasing(caller, order.model)
+    return order_row(await services.scheduler.cancel_order(order_id, tenant_id))
 
 
 @router.get("/leases")
 async def list_leases(services: With, caller: Caller, closed: bool = False) -> list[dict[str, Any]]:
     """Leases: a tenant's own, those on a provider's nodes, or all."""
-    found = await services.scheduler.leases(_tenant_of(caller), closed)
-    return [lease_row(lease) for lease in found if _may_see(caller, lease)]
+    found = await services.scheduler.leases(closed=closed, **_whose(caller))
+    return [lease_row(lease) for lease in found]
 
 
 @router.get("/leases/{lease_id}")
-async def show_lease(lease_id: str, services: With, caller: Caller) -> dict[str, Any]:
+async def show_lease(lease_id: Name, services: With, caller: Caller) -> dict[str, Any]:
     """One lease."""
-    lease = await services.scheduler.lease(lease_id, _tenant_of(caller))
-    if not _may_see(caller, lease):
-        raise PermissionDenied(f"this key may not see lease {lease_id}")
-    return lease_row(lease)
+    return lease_row(await services.scheduler.lease(lease_id, **_whose(caller)))
 
 
 @router.post("/leases/{lease_id}/renew")
-async def renew(lease_id: str, body: Renewal, services: With, caller: Caller) -> dict[str, Any]:
+async def renew(lease_id: Name, body: Renewal, services: With, caller: Caller) -> dict[str, Any]:
     """Let a lease last longer, at its price."""
-    tenant_id = _holder(caller)
-    lease = await services.scheduler.renew(lease_id, parse_term(body.term), tenant_id)
-    return lease_row(lease)
+    term_s = when.duration(body.term, "term")
+    tenant_id = await _holder(services, caller, lease_id)
+    return lease_row(await services.scheduler.renew(lease_id, term_s, tenant_id))
 
 
 @router.patch("/leases/{lease_id}")
 async def change_lease(
-    lease_id: str, body: LeaseChange, services: With, caller: Caller
+    lease_id: Name, body: LeaseChange, services: With, caller: Caller
 ) -> dict[str, Any]:
     """Sell its idle time or not; change how a hybrid spills, from the next request on."""
     asked = body.model_fields_set
     policy: dict[str, Any] = {}
     if "spill_budget" in asked:
-        policy["spill_pico"] = _limit(body.spill_budget, "spill_budget")
+        policy["spill_pico"] = limit_of(body.spill_budget, "spill_budget")
     if "ttft_s" in asked:
         policy["ttft_s"] = body.ttft_s
     resale = body.resale if "resale" in asked else None
-    changed = await services.scheduler.change_lease(lease_id, resale, policy, _holder(caller))
+    tenant_id = await _holder(services, caller, lease_id, *([Lane.SPILL] if policy else []))
+    changed = await services.scheduler.change_lease(lease_id, resale, policy, tenant_id)
     deployments = [deployment for deployment, _ in await services.scheduler.deployments()]
     policies = [d.policy for d in deployments if d.lease_id == lease_id]
     return lease_row(changed) | {"policy": _policy_row(next(iter(policies), None))}
 
 
 @router.post("/leases/{lease_id}/release")
-async def release(lease_id: str, services: With, caller: Caller) -> dict[str, Any]:
+async def release(lease_id: Name, services: With, caller: Caller) -> dict[str, Any]:
     """End a lease now: nothing more is charged."""
-    return lease_row(await services.scheduler.release(lease_id, _holder(caller)))
-
-
-# -- from words to values --------------------------------------------------------------------
+    tenant_id = await _holder(services, caller, lease_id)
+    return lease_row(await services.scheduler.release(lease_id, tenant_id))
 
 
 async def _lease(
     body: NewDeployment, policy: LanePolicy | None, services: Services, caller: Principal
 ) -> dict[str, Any]:
     order = replace(_order(body, services, caller), policy=policy)
+    if policy is not None:
+        require_lane(caller, Lane.SPILL)
     if body.dry_run:
         return {"dry_run": True, **quote_row(order, await services.scheduler.quote(order))}
     placed = await services.scheduler.order(order, body.queue)
@@ -336,180 +246,43 @@ async def _lease(
     return {"model": body.model, "mode": body.mode, **waiting, **answer}
 
 
-def _bounds(body: NewDeployment) -> Bounds:
-    """How many replicas a pool may have. Raises InvalidRequest."""
-    least, _, most = str(1 if body.replicas is None else body.replicas).partition(":")
-    try:
-        minimum, maximum = int(least), int(most or least)
-    except ValueError:
-        raise InvalidRequest(
-            f"replicas: a number, or MIN:MAX like 0:4, got {body.replicas!r}", param="replicas"
-        ) from None
-    return Bounds(
-        minimum,
-        maximum,
-        _limit(body.max_spend, "max_spend"),
-        None if body.keep_alive is None else float(parse_term(body.keep_alive, "keep_alive")),
-    )
-
-
-def _policy(body: NewDeployment) -> LanePolicy | None:
-    """How lanes are chosen; None where there is nothing to choose. Raises InvalidRequest."""
-    modes = {
-        "spill_budget": (Mode.HYBRID,),
-        "ttft_s": (Mode.HYBRID, Mode.AUTO),
-        **dict.fromkeys(("cheap", "strong", "cost_target"), (Mode.AUTO,)),
-    }
-    if body.mode == Mode.AUTO:
-        wrong = body.model_fields_set - AUTO_FIELDS
-        if wrong:
-            raise InvalidRequest(f"{min(wrong)} is not for mode auto", param=min(wrong))
-    for name, allowed in modes.items():
-        if getattr(body, name) is not None and body.mode not in allowed:
-            raise InvalidRequest(f"{name} is for mode {' and '.join(allowed)} only", param=name)
-    if body.mode not in (Mode.HYBRID, Mode.AUTO):
-        return None
-    given: dict[str, Any] = {
-        "ttft_s": body.ttft_s or TTFT_S,
-        "spill_pico": _limit(body.spill_budget, "spill_budget"),
-        "cheap": body.cheap or "",
-        "strong": body.strong or "",
-    }
-    if body.cost_target is not None:
-        given["cost_target"] = body.cost_target
-    return LanePolicy(**given)
-
-
-def _limit(text: str | None, what: str) -> int | None:
-    """An amount that is a limit; None for none. Raises InvalidRequest."""
-    if text is None:
-        return None
-    pico = pricing.parse_money(text, what)
-    if pico < 0:
-        raise InvalidRequest(f"{what}: a limit cannot be negative, got {text}", param=what)
-    return pico
+def _order(body: NewOrder, services: Services, caller: Principal) -> Order:
+    tenant_id = _for_tenant(body, caller)
+    _require_leasing(caller, body.model)
+    return order_of(body, tenant_id, caller.api_key_id, services.clock.now())
 
 
 def _for_tenant(body: NewOrder, caller: Principal) -> str:
     """For whom it is. Raises InvalidRequest, PermissionDenied."""
-    if caller.role is Role.PROVIDER:
-        raise PermissionDenied("a provider's key cannot deploy")
-    tenant_id = _tenant_of(caller) or body.tenant_id
+    tenant_id = require_tenant(caller, body.tenant_id)
     if tenant_id is None:
-        raise InvalidRequest("tenant_id: say for whom it is (--tenant NAME)")
-    if body.tenant_id not in (None, tenant_id):
-        raise PermissionDenied(f"this key may not order for tenant {body.tenant_id}")
+        raise InvalidRequest("tenant_id: say for whom it is (--tenant NAME)", param="tenant_id")
     return tenant_id
-
-
-def _order(body: NewOrder, services: Services, caller: Principal) -> Order:
-    now = services.clock.now()
-    tenant_id = _for_tenant(body, caller)
-    count, milli = parse_gpus(body.gpus)
-    model = catalog.find(body.model)
-    small = model.runs_on_cpu or model.embeds
-    return Order(
-        order_id=body.order_id,
-        tenant_id=tenant_id,
-        api_key_id=caller.api_key_id,
-        model=model.name,
-        engine=body.engine or (ENGINE_ON_CPU if small else ENGINE_ON_GPU),
-        gpu_count=count,
-        gpu_milli=milli,
-        start=None if body.start is None else parse_moment(body.start, now, "start"),
-        term_s=parse_term(body.term),
-        created_at=now,
-        gpu_type=body.gpu_type,
-        gpu_memory_mib=None if body.gpu_memory_gib is None else body.gpu_memory_gib * 1024,
-        max_price_pico=_limit(body.max_price, "max_price"),
-        region=body.region,
-        provider_id=body.provider_id,
-        resale=body.resale,
-    )
-
-
-def parse_gpus(text: str) -> tuple[int, int]:
-    """``2`` -> (2, 1000), ``0.5`` -> (1, 500). Raises InvalidRequest."""
-    try:
-        amount = Decimal(text)
-        milli = int(amount * 1000)
-        exact = amount.is_finite() and milli == amount * 1000 and milli > 0
-    except (InvalidOperation, ValueError, OverflowError):
-        exact, milli = False, 0
-    if not exact or (milli > 1000 and milli % 1000):
-        raise InvalidRequest(
-            f"gpus: {text!r}: a number of whole GPUs, or a share of one such as 0.5 (thousandths)",
-            param="gpus",
-        )
-    return (1, milli) if milli < 1000 else (milli // 1000, 1000)
-
-
-def parse_term(text: str, what: str = "term") -> int:
-    """``30d``, ``12h``, ``1d12h``, ``90s`` as seconds. Raises InvalidRequest."""
-    parts = re.findall(r"(\d+)([smhdw])", text)
-    if not parts or "".join(number + unit for number, unit in parts) != text:
-        raise InvalidRequest(f"{what}: {text!r} is no duration such as 30d, 12h or 90m", param=what)
-    return sum(int(number) * TERM_UNITS_S[unit] for number, unit in parts)
-
-
-def parse_moment(text: str, now: datetime, what: str) -> datetime:
-    """An ISO time with a zone (UTC if it has none), or a duration from now. InvalidRequest."""
-    with contextlib.suppress(InvalidRequest):
-        return now + timedelta(seconds=parse_term(text))
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise InvalidRequest(
-            f"{what}: {text!r} is no time such as 2026-12-01T08:00Z, nor a duration such as 2h",
-            param=what,
-        ) from None
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-
-
-def _offer_of(node: NodeFacts, services: Services) -> Offer:
-    now = services.clock.now()
-
-    def when(text: str | None, what: str) -> Any:
-        return None if text is None else parse_moment(text, now, what)
-
-    return Offer(
-        offer_id=node.node_id,
-        provider_id=node.provider_id,
-        node_id=node.node_id,
-        gpu_type=node.gpu_type,
-        gpus=tuple(node.gpus),
-        cpu_count=node.cpu_count,
-        memory_mib=node.memory_mib,
-        ask_pico=pricing.parse_money(node.ask, "ask"),
-        currency=CURRENCY,
-        priced_at=now,
-        region=node.region,
-        logical=node.logical,
-        models_dir=node.models_dir,
-        available_from=when(node.available_from, "available_from"),
-        available_until=when(node.available_until, "available_until"),
-        term_min_s=0 if node.term_min is None else parse_term(node.term_min),
-        term_max_s=TERM_MAX_S if node.term_max is None else parse_term(node.term_max),
-    )
 
 
 # -- who may what ----------------------------------------------------------------------------
 
 
-def _tenant_of(caller: Principal) -> str | None:
-    """Whose things the caller sees; None: everybody's."""
-    return caller.subject_id if caller.role is Role.TENANT else None
-
-
-def _holder(caller: Principal) -> str | None:
-    """Like ``_tenant_of``, for what a provider may not do. Raises PermissionDenied."""
+def _whose(caller: Principal) -> dict[str, str | None]:
+    """Whose leases a key may see: a tenant's, those on a provider's nodes, or (nothing) all."""
     if caller.role is Role.PROVIDER:
-        raise PermissionDenied("a provider's key cannot change leases")
-    return _tenant_of(caller)
+        return {"provider_id": caller.subject_id}
+    return {"tenant_id": require_tenant(caller)}
 
 
-def _may_see(caller: Principal, lease: Lease) -> bool:
-    return caller.role is not Role.PROVIDER or lease.provider_id == caller.subject_id
+def _require_leasing(caller: Principal, model: str, *more: Lane) -> None:
+    """Raises PermissionDenied unless the key may have to do with leases of the model."""
+    require_model(caller, model)
+    for lane in (Lane.LEASE, *more):
+        require_lane(caller, lane)
+
+
+async def _holder(services: Services, caller: Principal, lease_id: Name, *more: Lane) -> str | None:
+    """Whose lease the key may change; None: whoever's. Raises PermissionDenied, NotFound."""
+    tenant_id = require_tenant(caller)
+    lease = await services.scheduler.lease(lease_id, tenant_id)
+    _require_leasing(caller, lease.model, *more)
+    return tenant_id
 
 
 async def _require_own_node(services: Services, caller: Principal, node_id: str) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -74,6 +75,21 @@ async def principal_of(request: Request) -> Principal:
     seen_of(request.scope).caller = principal
     require_method(principal, request.method)
     return principal
+
+
+# What ends in a database or names something there: without characters that PostgreSQL, a log or a
+# terminal would choke on, and of bounded length.
+_PLAIN = r"^\P{Cc}*$"
+Name = Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=_PLAIN)]
+Words = Annotated[str, StringConstraints(max_length=500, pattern=_PLAIN)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+LongCount = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Strict(BaseModel):
+    """Bodies of our own API refuse unknown fields: a typo must not pass silently."""
+
+    model_config = ConfigDict(extra="forbid")
 
 
 With = Annotated[Services, Depends(services_of)]
@@ -177,7 +193,9 @@ async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"][1:])
-    message = f"{where or 'body'}: {first['msg']}"
+    is_plain = first.get("ctx", {}).get("pattern") != _PLAIN
+    reason = first["msg"] if is_plain else "there must be no control characters in it"
+    message = f"{where or 'body'}: {reason}"
     return error_response(request.scope, InvalidRequest(message, param=where or None))
 
 

@@ -1,20 +1,18 @@
 """``/market/v1/keys``: API keys, what they may do and spend."""
 
-import re
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from market import catalog
+from market import catalog, when
 from market.errors import InvalidRequest, PermissionDenied
 from market.keys import hash_key, key_id, new_key
 from market.types import KeyPolicy, Lane, Period, Principal, Role
 from serve_apps.auth import require_operator
-from serve_apps.fleet_api import parse_moment, parse_term
-from serve_apps.http import Caller, Services, With
+from serve_apps.http import Caller, Name, Services, Strict, With
 from serve_apps.market_api import parse_budgets
 
 router = APIRouter(prefix="/market/v1")
@@ -25,35 +23,31 @@ Limit = Annotated[int, Field(ge=1, le=10**12)]
 LIMITS = ("requests_per_min", "tokens_per_min", "concurrent")
 
 
-class Policy(BaseModel):
+class Policy(Strict):
     """What a key may do; what is left out is not limited, or stays as it is."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    models: list[str] | None = None
-    lanes: list[Lane] | None = None
+    models: Annotated[list[Name], Field(max_length=100)] | None = None
+    lanes: Annotated[list[Lane], Field(max_length=len(Lane))] | None = None
     read_only: bool | None = None
-    expires: str | None = None
+    expires: Name | None = None
     requests_per_min: Limit | None = None
     tokens_per_min: Limit | None = None
     concurrent: Limit | None = None
-    budgets: dict[Period, str | None] | None = None
+    budgets: dict[Period, Name | None] | None = None
 
 
 class NewKey(Policy):
     """Body of ``POST /keys``: a key for a tenant, a provider, or the operator."""
 
-    tenant_id: str | None = None
-    provider_id: str | None = None
+    tenant_id: Name | None = None
+    provider_id: Name | None = None
     operator: bool = False
 
 
-class Rotation(BaseModel):
+class Rotation(Strict):
     """Body of ``POST /keys/{id}/rotate``: for how long the old secret works on."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    overlap: str = "24h"
+    overlap: Name = "24h"
 
 
 @router.post("/keys")
@@ -95,7 +89,7 @@ async def list_keys(services: With, caller: Caller) -> list[dict[str, Any]]:
 
 @router.patch("/keys/{api_key_id}")
 async def change_key(
-    api_key_id: str, body: Policy, services: With, caller: Caller
+    api_key_id: Name, body: Policy, services: With, caller: Caller
 ) -> dict[str, Any]:
     """Change what a key may do; what is left out stays, null lifts a limit."""
     require_operator(caller)
@@ -117,16 +111,15 @@ async def change_key(
 
 @router.post("/keys/{api_key_id}/rotate")
 async def rotate_key(
-    api_key_id: str, body: Rotation, services: With, caller: Caller
+    api_key_id: Name, body: Rotation, services: With, caller: Caller
 ) -> dict[str, Any]:
     """Give a key a new secret; the old one works on for a while. Keys may rotate themselves."""
     if caller.role is not Role.OPERATOR and caller.api_key_id != api_key_id:
         raise PermissionDenied("a key may rotate itself only; others need an operator key")
     if caller.secret_until is not None:  # who has only the old one is whom it is taken from
         raise PermissionDenied("this is the key's old secret; rotate it with the new one")
-    overlap = timedelta(0)
-    if body.overlap not in ("0", "0s"):
-        overlap = timedelta(seconds=parse_term(body.overlap, "overlap"))
+    seconds = 0 if body.overlap == "0" else when.duration(body.overlap, "overlap")
+    overlap = timedelta(seconds=seconds)
     if overlap > OVERLAP_MAX:
         raise InvalidRequest(f"overlap: at most {OVERLAP_MAX.days}d", param="overlap")
     secret = new_key()
@@ -139,7 +132,7 @@ async def rotate_key(
 
 
 @router.delete("/keys/{api_key_id}")
-async def revoke_key(api_key_id: str, services: With, caller: Caller) -> dict[str, str]:
+async def revoke_key(api_key_id: Name, services: With, caller: Caller) -> dict[str, str]:
     """End a key; gateways refuse it within five seconds."""
     require_operator(caller)
     await services.ledger.revoke_key(api_key_id)
@@ -158,14 +151,6 @@ def _policy(body: Policy, known: KeyPolicy, services: Services) -> KeyPolicy:
     if "read_only" in given:
         changes["read_only"] = bool(body.read_only)
     if "expires" in given:
-        changes["expires_at"] = _expiry(body.expires, services.clock.now())
+        now, text = services.clock.now(), body.expires
+        changes["expires_at"] = None if text is None else when.moment(text, now, "expires")
     return msgspec.structs.replace(known, **changes)
-
-
-def _expiry(text: str | None, now: datetime) -> datetime | None:
-    """``30d`` from now, or a moment. Raises InvalidRequest."""
-    if text is None:
-        return None
-    if re.fullmatch(r"\d+[smhdw]", text):
-        return now + timedelta(seconds=parse_term(text, "expires"))
-    return parse_moment(text, now, "expires")

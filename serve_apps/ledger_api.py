@@ -8,20 +8,21 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from market import pricing
+from market import pricing, when
 from market.errors import InvalidRequest
 from market.ledger.refunds import Refund
-from market.ledger.reports import BUCKETS, BUCKETS_MAX, UsageQuery, parse_when
+from market.ledger.reports import BUCKETS, BUCKETS_MAX, UsageQuery
 from market.ledger.statement import Party
-from market.types import CURRENCY, Principal, Role
-from serve_apps.auth import require_operator, require_provider, require_subject
-from serve_apps.http import Caller, With
+from market.types import CURRENCY
+from serve_apps.auth import require_operator, require_provider, require_tenant
+from serve_apps.http import Caller, LongCount, Name, Strict, With, Words
 
 router = APIRouter()
 
 OWN = "/market/v1"
+SECONDS_MAX = 10**11  # far beyond any year that a datetime has to bear
 ARROW_STREAM = "application/vnd.apache.arrow.stream"
 MEDIA_TYPES = {
     "json": "application/json",
@@ -31,26 +32,20 @@ MEDIA_TYPES = {
 }
 
 
-class NewRefund(BaseModel):
+class NewRefund(Strict):
     """Body of ``POST /tenants/{id}/refunds``; ``refund_id`` makes it safe to repeat."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    reason: Annotated[str, Field(min_length=1, max_length=500)]
-    request_id: str | None = None
-    amount: str | None = None
-    provider_id: str | None = None
-    refund_id: Annotated[str, Field(min_length=1, max_length=100)] = Field(
-        default_factory=lambda: uuid.uuid4().hex
-    )
+    reason: Annotated[Words, Field(min_length=1)]
+    request_id: Name | None = None
+    amount: Name | None = None
+    provider_id: Name | None = None
+    refund_id: Name = Field(default_factory=lambda: uuid.uuid4().hex)
 
 
-class NewSettlement(BaseModel):
+class NewSettlement(Strict):
     """Body of ``POST /settlements``."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    period: str
+    period: Name
     dry_run: bool = False
 
 
@@ -58,20 +53,20 @@ class NewSettlement(BaseModel):
 async def usage(
     services: With,
     caller: Caller,
-    by: Annotated[str, Query()] = "model",
-    tenant: Annotated[str | None, Query()] = None,
-    model: Annotated[str | None, Query()] = None,
-    since: Annotated[str | None, Query()] = None,
-    until: Annotated[str | None, Query()] = None,
+    by: Annotated[Words, Query()] = "model",
+    tenant: Annotated[Name | None, Query()] = None,
+    model: Annotated[Name | None, Query()] = None,
+    since: Annotated[Name | None, Query()] = None,
+    until: Annotated[Name | None, Query()] = None,
 ) -> list[dict[str, Any]]:
     """Requests, tokens, GPU time and charges per group, of every booked row."""
     now = services.clock.now()
     query = UsageQuery(
         by=tuple(part.strip() for part in by.split(",") if part.strip()),
-        tenant=_own_tenant(caller, tenant),
+        tenant=require_tenant(caller, tenant),
         model=model,
-        since=None if since is None else parse_when(since, now, "since"),
-        until=None if until is None else parse_when(until, now, "until"),
+        since=None if since is None else when.moment(since, now, "since", past=True),
+        until=None if until is None else when.moment(until, now, "until", past=True),
     )
     return [_plain(row) for row in await services.ledger.usage(query)]
 
@@ -80,11 +75,11 @@ async def usage(
 async def usage_buckets(
     services: With,
     caller: Caller,
-    start_time: Annotated[int, Query(ge=0)],
-    end_time: Annotated[int | None, Query(ge=0)] = None,
-    bucket_width: Annotated[str, Query()] = "1d",
-    group_by: Annotated[list[str] | None, Query()] = None,
-    models: Annotated[list[str] | None, Query()] = None,
+    start_time: Annotated[int, Query(ge=0, le=SECONDS_MAX)],
+    end_time: Annotated[int | None, Query(ge=0, le=SECONDS_MAX)] = None,
+    bucket_width: Annotated[Name, Query()] = "1d",
+    group_by: Annotated[list[Name] | None, Query()] = None,
+    models: Annotated[list[Name] | None, Query()] = None,
 ) -> dict[str, Any]:
     """Usage per time bucket, in the shape of OpenAI's usage API; times are Unix seconds."""
     groups = group_by or []
@@ -101,7 +96,7 @@ async def usage_buckets(
         )
     query = UsageQuery(
         by=(),
-        tenant=_own_tenant(caller, None),
+        tenant=require_tenant(caller),
         model=models[0] if models else None,
         since=datetime.fromtimestamp(start_time, UTC),
         until=datetime.fromtimestamp(end, UTC),
@@ -137,20 +132,23 @@ def _bucket_result(row: dict[str, Any], groups: list[str]) -> dict[str, Any]:
 
 
 @router.get(f"{OWN}/requests/{{request_id}}")
-async def request(request_id: str, services: With, caller: Caller) -> dict[str, Any]:
+async def request(request_id: Name, services: With, caller: Caller) -> dict[str, Any]:
     """What a request used and cost, and what was given back of it."""
     rows = await services.ledger.request(request_id)
-    require_subject(caller, rows[0]["tenant_id"])
+    require_tenant(caller, rows[0]["tenant_id"])
     charge = sum((row["charge"] for row in rows), Decimal(0))
+    own, *corrections = (_plain(row) for row in rows)
     return {
-        **_plain(rows[0]),
+        **own,
         "charge_after_corrections": format(charge, "f"),
-        "corrections": [_plain(row) for row in rows[1:]],
+        "corrections": corrections,
     }
 
 
 @router.post(f"{OWN}/tenants/{{tenant_id}}/refunds")
-async def refund(tenant_id: str, body: NewRefund, services: With, caller: Caller) -> dict[str, Any]:
+async def refund(
+    tenant_id: Name, body: NewRefund, services: With, caller: Caller
+) -> dict[str, Any]:
     """Give money back: a request, part of it, or an adjustment; a new row says who and why."""
     require_operator(caller)
     amount = None if body.amount is None else pricing.parse_money(body.amount)
@@ -185,14 +183,14 @@ async def settle(body: NewSettlement, services: With, caller: Caller) -> dict[st
 @router.get(f"{OWN}/statements/{{party}}/{{name}}")
 async def statement(
     party: Party,
-    name: str,
+    name: Name,
     services: With,
     caller: Caller,
-    period: Annotated[str, Query()],
-    form: Annotated[str, Query(alias="format")] = "json",
+    period: Annotated[Name, Query()],
+    form: Annotated[Name, Query(alias="format")] = "json",
 ) -> Response:
     """What a tenant or provider had, used and paid in a month; json, csv or html."""
-    (require_subject if party is Party.TENANT else require_provider)(caller, name)
+    (require_tenant if party is Party.TENANT else require_provider)(caller, name)
     text = await services.ledger.statement_as(party, name, period, form)
     return Response(text, media_type=MEDIA_TYPES[form])
 
@@ -201,8 +199,8 @@ async def statement(
 async def live(
     services: With,
     caller: Caller,
-    dataset: Annotated[str, Query()] = "usage",
-    after: Annotated[int, Query(ge=0)] = 0,
+    dataset: Annotated[Name, Query()] = "usage",
+    after: Annotated[LongCount, Query()] = 0,
 ) -> Response:
     """Rows beyond number ``after`` as an Arrow stream: what a reader of the files lacks."""
     require_operator(caller)
@@ -215,15 +213,15 @@ async def live(
 async def focus(
     services: With,
     caller: Caller,
-    period: Annotated[str, Query()],
-    version: Annotated[str, Query()] = "1.2",
-    form: Annotated[str, Query(alias="format")] = "parquet",
-    tenant: Annotated[str | None, Query()] = None,
+    period: Annotated[Name, Query()],
+    version: Annotated[Name, Query()] = "1.2",
+    form: Annotated[Name, Query(alias="format")] = "parquet",
+    tenant: Annotated[Name | None, Query()] = None,
 ) -> Response:
     """A month in the FOCUS format, as a parquet or csv file."""
     if form not in ("parquet", "csv"):
         raise InvalidRequest(f"format {form!r} is not known; choose parquet or csv")
-    own = _own_tenant(caller, tenant)
+    own = require_tenant(caller, tenant)
     content = await services.ledger.focus(period, version, form, own)
     return Response(content, media_type=MEDIA_TYPES[form])
 
@@ -250,14 +248,14 @@ async def checkpoint(services: With, _caller: Caller) -> dict[str, str]:
 
 @router.get(f"{OWN}/ledger/proofs/{{request_id}}")
 async def prove(
-    request_id: str,
+    request_id: Name,
     services: With,
     caller: Caller,
-    size: Annotated[int | None, Query(ge=1)] = None,
+    size: Annotated[LongCount | None, Query(ge=1)] = None,
 ) -> dict[str, Any]:
     """That a request's row is in the ledger; scripts/verify_proof.py checks it."""
     rows = await services.ledger.request(request_id)
-    require_subject(caller, rows[0]["tenant_id"])
+    require_tenant(caller, rows[0]["tenant_id"])
     return await services.ledger.prove(request_id, size)
 
 
@@ -268,15 +266,6 @@ async def metrics(services: With, caller: Caller) -> Response:
     ledger, leases = await services.ledger.status(), await services.scheduler.leases()
     page = services.metrics.page(ledger, leases, services.clock.now())
     return Response(page, media_type=CONTENT_TYPE_LATEST)
-
-
-def _own_tenant(caller: Principal, tenant: str | None) -> str | None:
-    """The tenant whose rows to show: operators may see all, others themselves."""
-    if caller.role is Role.OPERATOR:
-        return tenant
-    wanted = caller.subject_id if tenant is None else tenant
-    require_subject(caller, wanted)
-    return wanted
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

@@ -6,39 +6,31 @@ from datetime import timedelta
 from typing import Annotated, Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from market import accounts, catalog, pricing
+from market import accounts, catalog, pricing, when
 from market.accounts import Account, Transfer, TransferKind, tenant_account
 from market.errors import InvalidRequest
-from market.ledger.reports import parse_when
 from market.scheduler.service import deployment_state
-from market.types import CURRENCY, Pack, PackLeft, Period
-from serve_apps.auth import require_operator, require_subject
-from serve_apps.fleet_api import parse_term
-from serve_apps.http import Caller, With
+from market.types import CURRENCY, Lane, Pack, PackLeft, Period
+from serve_apps.auth import require_lane, require_model, require_operator, require_tenant
+from serve_apps.http import Caller, Count, Name, Strict, With, Words
 
 router = APIRouter(prefix="/market/v1")
-
-
-class Strict(BaseModel):
-    """Bodies of our own API refuse unknown fields: a typo must not pass silently."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 class NewTenant(Strict):
     """Body of ``POST /tenants``."""
 
-    tenant_id: str
+    tenant_id: Name
 
 
 class NewDeposit(Strict):
     """Body of ``POST /tenants/{id}/deposits``; ``deposit_id`` makes it safe to repeat."""
 
-    amount: str
-    deposit_id: Annotated[str, Field(min_length=1, max_length=100)]
-    reason: Annotated[str, Field(max_length=500)] = "deposit"
+    amount: Name
+    deposit_id: Name
+    reason: Words = "deposit"
 
 
 class TenantChange(Strict):
@@ -47,8 +39,8 @@ class TenantChange(Strict):
     ``budgets`` by period (hour, day, month, total) in the market's currency, null for none.
     """
 
-    weight: Annotated[int, Field(ge=1)] | None = None
-    budgets: dict[Period, str | None] | None = None
+    weight: Annotated[Count, Field(ge=1)] | None = None
+    budgets: dict[Period, Name | None] | None = None
 
 
 class NewPack(Strict):
@@ -57,9 +49,9 @@ class NewPack(Strict):
     ``discount_percent`` off today's prices, which the pack keeps until it expires.
     """
 
-    model: str
+    model: Name
     tokens: Annotated[int, Field(ge=1, le=10**15)]
-    valid_for: str = "30d"
+    valid_for: Name = "30d"
     discount_percent: Annotated[int, Field(ge=0, le=100)] = 0
     pack_id: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")] = Field(
         default_factory=lambda: f"pack-{uuid.uuid4().hex[:12]}"
@@ -69,17 +61,17 @@ class NewPack(Strict):
 class NewProvider(Strict):
     """Body of ``POST /providers``."""
 
-    provider_id: str
+    provider_id: Name
 
 
 class NewPrice(Strict):
     """Body of ``POST /prices``, per million tokens; in force from ``valid_from`` on (now)."""
 
-    model: str
-    input_price: str
-    output_price: str
-    cached_input_price: str | None = None
-    valid_from: str | None = None
+    model: Name
+    input_price: Name
+    output_price: Name
+    cached_input_price: Name | None = None
+    valid_from: Name | None = None
 
 
 @router.get("/models")
@@ -143,7 +135,7 @@ async def set_price(body: NewPrice, services: With, caller: Caller) -> dict[str,
         pricing.parse_price(body.cached_input_price or body.input_price, "cached_input_price"),
         pricing.parse_price(body.output_price, "output_price"),
     )
-    start = now if body.valid_from is None else parse_when(body.valid_from, now, "valid_from")
+    start = now if body.valid_from is None else when.moment(body.valid_from, now, "valid_from")
     if start < now:
         raise InvalidRequest("valid_from: prices cannot change the past")
     card = pricing.make_rate_card(body.model, prices, start, CURRENCY)
@@ -178,9 +170,9 @@ async def list_tenants(services: With, caller: Caller) -> list[dict[str, Any]]:
 
 
 @router.get("/tenants/{tenant_id}")
-async def show_tenant(tenant_id: str, services: With, caller: Caller) -> dict[str, Any]:
+async def show_tenant(tenant_id: Name, services: With, caller: Caller) -> dict[str, Any]:
     """One tenant's balance."""
-    require_subject(caller, tenant_id)
+    require_tenant(caller, tenant_id)
     account = await services.ledger.balance(tenant_id)
     return {
         **_tenant(tenant_id, account),
@@ -192,7 +184,7 @@ async def show_tenant(tenant_id: str, services: With, caller: Caller) -> dict[st
 
 @router.patch("/tenants/{tenant_id}")
 async def change_tenant(
-    tenant_id: str, body: TenantChange, services: With, caller: Caller
+    tenant_id: Name, body: TenantChange, services: With, caller: Caller
 ) -> dict[str, Any]:
     """Set a tenant's share of contended pools, or what it may spend per period."""
     require_operator(caller)
@@ -206,10 +198,12 @@ async def change_tenant(
 
 @router.post("/tenants/{tenant_id}/packs")
 async def buy_tokens(
-    tenant_id: str, body: NewPack, services: With, caller: Caller
+    tenant_id: Name, body: NewPack, services: With, caller: Caller
 ) -> dict[str, Any]:
     """Sell tokens ahead, from the tenant's balance; the same ``pack_id`` sells once."""
-    require_subject(caller, tenant_id)
+    require_tenant(caller, tenant_id)
+    require_model(caller, body.model)
+    require_lane(caller, Lane.TOKENS)
     if body.discount_percent:
         require_operator(caller)
     catalog.find(body.model)
@@ -234,7 +228,7 @@ async def buy_tokens(
         tokens=body.tokens,
         currency=card.currency,
         bought_at=now,
-        expires_at=now + timedelta(seconds=parse_term(body.valid_for, "valid_for")),
+        expires_at=now + timedelta(seconds=when.duration(body.valid_for, "valid_for")),
     )
     pack, created = await services.ledger.buy_tokens(wanted, own, caller.api_key_id)
     left = [one for one in await services.ledger.packs(tenant_id) if one.pack == pack]
@@ -243,7 +237,7 @@ async def buy_tokens(
 
 @router.post("/tenants/{tenant_id}/deposits")
 async def deposit(
-    tenant_id: str, body: NewDeposit, services: With, caller: Caller
+    tenant_id: Name, body: NewDeposit, services: With, caller: Caller
 ) -> dict[str, Any]:
     """Book money that a tenant paid in; the same ``deposit_id`` books once."""
     require_operator(caller)

@@ -4,30 +4,27 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel, ConfigDict
 
 from market import catalog
 from serve_apps.auth import require_operator
-from serve_apps.http import Caller, With
+from serve_apps.http import Caller, Name, Strict, With
 
 router = APIRouter(prefix="/market/v1/stored-models")
 
 
-class Pull(BaseModel):
+class Pull(Strict):
     """Body of ``POST /stored-models``: to these nodes, or to all that are open.
 
     ``pin``: keep it, or unpin it; null leaves that as it is.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
-    model: str
-    nodes: list[str] = []
+    model: Name
+    nodes: tuple[Name, ...] = ()
     pin: bool | None = None
 
 
 @router.get("")
-async def stored(services: With, caller: Caller, model: str | None = None) -> list[dict[str, Any]]:
+async def stored(services: With, caller: Caller, model: Name | None = None) -> list[dict[str, Any]]:
     """What is on each node's disk or on its way there."""
     require_operator(caller)
     return [
@@ -49,7 +46,7 @@ async def pull(body: Pull, services: With, caller: Caller) -> dict[str, Any]:
 
 @router.delete("/{model}")
 async def remove(
-    model: str, services: With, caller: Caller, node: Annotated[list[str] | None, Query()] = None
+    model: Name, services: With, caller: Caller, node: Annotated[list[Name] | None, Query()] = None
 ) -> dict[str, Any]:
     """Remove a model from nodes, or from all; one that is in use stays."""
     require_operator(caller)

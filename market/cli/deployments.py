@@ -18,16 +18,6 @@ QUOTE = (
     *("total", "held", "currency"),
 )
 OPTION_OF = {"provider_id": "provider", "tenant_id": "tenant", "ttft_s": "ttft"}
-ORDER = (
-    *("gpus", "term", "start", "gpu_type", "gpu_memory_gib", "max_price", "region"),
-    *("provider_id", "resale", "tenant_id", "order_id", "queue"),
-)
-USES = {
-    "tokens": ("replicas", "keep_alive", "max_spend"),
-    "lease": ORDER,
-    "hybrid": (*ORDER, "spill_budget", "ttft_s"),
-    "auto": ("tenant_id", "ttft_s", "cheap", "strong", "cost_target"),
-}
 POLL_S = 0.3
 # It serves, or will at the first request.
 SETTLED = ("ready", "cold")
@@ -156,7 +146,11 @@ def deploy(  # noqa: PLR0913  # one argument per option
     """Make a model available: its tokens to everybody, or GPUs of its own to a tenant, or both."""
     from market.cli.api import request
 
-    order = _given(
+    wanted = _given(
+        engine=engine,
+        replicas=replicas,
+        keep_alive=keep_alive,
+        max_spend=max_spend,
         gpus=gpus,
         term=term,
         start=start,
@@ -166,20 +160,21 @@ def deploy(  # noqa: PLR0913  # one argument per option
         region=region,
         provider_id=provider,
         resale=resale,
+        spill_budget=spill_budget,
+        ttft_s=ttft,
+        cheap=cheap,
+        strong=strong,
+        cost_target=cost_target,
         tenant_id=tenant,
         order_id=order_id,
         queue=queue,
     )
-    pool = _given(replicas=replicas, keep_alive=keep_alive, max_spend=max_spend)
-    lanes = _given(
-        spill_budget=spill_budget, ttft_s=ttft, cheap=cheap, strong=strong, cost_target=cost_target
-    )
-    _check_options(mode, order, pool, lanes)
+    _check_options(mode, wanted)
     leased = mode in ("lease", "hybrid")
     if leased:
-        order.setdefault("order_id", f"order-{uuid.uuid4().hex[:16]}")
-    wanted = _given(model=model, mode=mode, engine=engine, dry_run=dry_run)
-    answer = request("POST", "/deployments", json=wanted | pool | order | lanes)
+        wanted.setdefault("order_id", f"order-{uuid.uuid4().hex[:16]}")
+    body = _given(model=model, mode=mode, dry_run=dry_run) | wanted
+    answer = request("POST", "/deployments", json=body)
     if dry_run and leased:
         _show_quote(output, answer)
         return
@@ -286,12 +281,15 @@ def _given(**options: Any) -> dict[str, Any]:
     return {n: value for n, value in options.items() if value is not None and value is not False}
 
 
-def _check_options(mode: str, *given: dict[str, Any]) -> None:
+def _check_options(mode: str, given: dict[str, Any]) -> None:
     """Raises typer.BadParameter for an option that the mode has no use for."""
-    if mode not in USES:
-        raise typer.BadParameter(f"{mode}: use {', '.join(USES)}", param_hint="--mode")
-    for name in (name for options in given for name in options if name not in USES[mode]):
-        modes = " and ".join(known for known, names in USES.items() if name in names)
+    from market.types import MODE_FIELDS
+
+    uses = {str(known): fields for known, fields in MODE_FIELDS.items()}
+    if mode not in uses:
+        raise typer.BadParameter(f"{mode}: use {', '.join(uses)}", param_hint="--mode")
+    for name in (name for name in given if name not in uses[mode]):
+        modes = " and ".join(known for known, fields in uses.items() if name in fields)
         option = OPTION_OF.get(name, name.replace("_", "-"))
         raise typer.BadParameter(f"is for --mode {modes} only", param_hint=f"--{option}")
 

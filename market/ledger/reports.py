@@ -1,9 +1,8 @@
 """Questions to the usage ledger, answered by DuckDB over an exact snapshot."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
@@ -147,34 +146,6 @@ def live_stream(dataset: Dataset, entries: Sequence[Row[Any]], after: int) -> by
     with pa.ipc.new_stream(sink, SCHEMAS[dataset]) as stream:
         stream.write_table(fresh)
     return bytes(sink.getvalue().to_pybytes())
-
-
-def parse_when(text: str, now: datetime, what: str) -> datetime:
-    """A moment as people write it: 7d, 24h, 30m (before now), a date or an ISO time (UTC).
-
-    Raises InvalidRequest.
-    """
-    ago = re.fullmatch(r"(\d{1,6})([dhm])", text)
-    if ago:
-        unit = {"d": "days", "h": "hours", "m": "minutes"}[ago.group(2)]
-        return now - timedelta(**{unit: int(ago.group(1))})
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise InvalidRequest(
-            f"{what}: {text!r} is no time; use 7d, 24h, 30m, 2026-11-01 or 2026-11-01T12:00:00Z"
-        ) from None
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-
-
-def parse_period(text: str) -> tuple[datetime, datetime]:
-    """[start, end) of a calendar month such as 2026-11, UTC. Raises InvalidRequest."""
-    if not re.fullmatch(r"\d{4}-(0[1-9]|1[0-2])", text) or text.startswith("0000"):
-        raise InvalidRequest(f"period {text!r} is no month; use for example 2026-11")
-    year, month = int(text[:4]), int(text[5:])
-    start = datetime(year, month, 1, tzinfo=UTC)
-    end = datetime(year + month // 12, month % 12 + 1, 1, tzinfo=UTC)
-    return start, end
 
 
 def _rows(snapshot: Snapshot, sql: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection
 
 from market import accounts as rules
-from market import budgets, storage
+from market import budgets, storage, when
 from market.config import Config
 from market.errors import MarketFault, NotFound, Overloaded
 from market.ledger import (
@@ -481,7 +481,7 @@ class Ledger:
 
         Raises InvalidRequest, or MarketFault if something does not add up.
         """
-        reports.parse_period(period)
+        when.month(period)
         known = await self._command(lambda c: settlement_row(c, period))
         if not dry_run and known is None:
             report = await self._auditor.verify()
@@ -510,7 +510,7 @@ class Ledger:
     async def _statements(
         self, party: Party, names: Sequence[str], period: str
     ) -> dict[str, Statement]:
-        start, end = reports.parse_period(period)
+        start, end = when.month(period)
         settled = {row.period: row for row in await self._command(settlement_rows)}.get(period)
         path = self._settler.file(period)
         month = statements.Month(
@@ -535,7 +535,7 @@ class Ledger:
 
         Raises InvalidRequest for a version or form that does not exist.
         """
-        start, end = reports.parse_period(period)
+        start, end = when.month(period)
         settled = await self._command(settlement_rows)
         closed = {row.period for row in settled}
         names = await self.tenants()

@@ -13,13 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sqlalchemy import Connection, Row, select
 
-from market import crash
+from market import crash, when
 from market import settlement as rules
 from market.config import Config
 from market.errors import InvalidRequest, MarketFault
 from market.ledger import files, manifest, tables
 from market.ledger.manifest import Dataset, Part
-from market.ledger.reports import parse_period
 from market.ledger.schema import MONEY
 from market.ledger.sealing import Sealer
 from market.ledger.snapshot import MEMORY_LIMIT, THREADS, gone
@@ -63,7 +62,7 @@ class Settler:
         InvalidRequest for a month that is not over or before one that is settled, MarketFault if
         the same inputs give something else than before.
         """
-        start, end = parse_period(period)
+        start, end = when.month(period)
         async with self._lock:
             await self._sealer.publish()
             known = await self._writer.submit(lambda c: settlement_row(c, period))

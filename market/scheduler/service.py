@@ -201,21 +201,34 @@ class Scheduler:
         """Take a waiting order back. Raises NotFound, Conflict."""
         return await self._orders.cancel(order_id, tenant_id)
 
-    async def leases(self, tenant_id: str | None = None, closed: bool = False) -> list[Lease]:
-        """Leases of one tenant or all, oldest first; the newest 50 closed ones if wanted."""
+    async def leases(
+        self,
+        tenant_id: str | None = None,
+        closed: bool = False,
+        provider_id: str | None = None,
+    ) -> list[Lease]:
+        """Leases of a tenant, on a provider's nodes, or all, oldest first.
+
+        Of the closed ones the newest 50, if wanted.
+        """
         own = [
             lease
             for lease in self._core.state.leases.values()
-            if tenant_id in (None, lease.tenant_id)
+            if tenant_id in (None, lease.tenant_id) and provider_id in (None, lease.provider_id)
         ]
         own.sort(key=lambda lease: (lease.created_at, lease.lease_id))
         over = [v for v in own if v.state is LeaseState.CLOSED][-CLOSED_SHOWN:] if closed else []
         return [*over, *(v for v in own if v.state is not LeaseState.CLOSED)]
 
-    async def lease(self, lease_id: str, tenant_id: str | None = None) -> Lease:
-        """One lease. Raises NotFound, also if it is another tenant's."""
+    async def lease(
+        self, lease_id: str, tenant_id: str | None = None, provider_id: str | None = None
+    ) -> Lease:
+        """One lease. Raises NotFound, also if it is another's."""
         lease = self._core.state.leases.get(lease_id)
-        if lease is None or tenant_id not in (None, lease.tenant_id):
+        strange = lease is not None and (
+            tenant_id not in (None, lease.tenant_id) or provider_id not in (None, lease.provider_id)
+        )
+        if lease is None or strange:
             raise NotFound(f"no lease {lease_id!r} (market leases ls)", code="lease_not_found")
         return lease
 
