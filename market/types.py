@@ -46,6 +46,10 @@ class Lane(StrEnum):
     JOB = "job"
 
 
+# Lanes of pools: a lease on which they were served is one that was lent.
+SHARED = (Lane.TOKENS, Lane.SPILL)
+
+
 class RecordKind(StrEnum):
     """What a row of the usage ledger stands for."""
 

@@ -11,11 +11,12 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field
 
 from market import pricing, when
-from market.errors import InvalidRequest
+from market.errors import InvalidRequest, PermissionDenied
 from market.ledger.refunds import Refund
 from market.ledger.reports import BUCKETS, BUCKETS_MAX, UsageQuery
 from market.ledger.statement import Party
-from market.types import CURRENCY
+from market.metering import LENT_BY
+from market.types import CURRENCY, SHARED, Principal, Role
 from serve_apps.auth import require_operator, require_provider, require_tenant
 from serve_apps.http import Caller, LongCount, Name, Strict, With, Words
 
@@ -67,6 +68,7 @@ async def usage(
         model=model,
         since=None if since is None else when.moment(since, now, "since", past=True),
         until=None if until is None else when.moment(until, now, "until", past=True),
+        lenders=caller.role is Role.OPERATOR,
     )
     return [_plain(row) for row in await services.ledger.usage(query)]
 
@@ -137,7 +139,7 @@ async def request(request_id: Name, services: With, caller: Caller) -> dict[str,
     rows = await services.ledger.request(request_id)
     require_tenant(caller, rows[0]["tenant_id"])
     charge = sum((row["charge"] for row in rows), Decimal(0))
-    own, *corrections = (_plain(row) for row in rows)
+    own, *corrections = (_plain(_seen(caller, row)) for row in rows)
     return {
         **own,
         "charge_after_corrections": format(charge, "f"),
@@ -256,6 +258,11 @@ async def prove(
     """That a request's row is in the ledger; scripts/verify_proof.py checks it."""
     rows = await services.ledger.request(request_id)
     require_tenant(caller, rows[0]["tenant_id"])
+    if _seen(caller, rows[0]) != rows[0]:
+        raise PermissionDenied(  # the row's digest is of all its columns, so none can be left out
+            f"the row of {request_id} says on whose lease it was served: ask the operator for it",
+            code="row_names_lender",
+        )
     return await services.ledger.prove(request_id, size)
 
 
@@ -266,6 +273,14 @@ async def metrics(services: With, caller: Caller) -> Response:
     ledger, leases = await services.ledger.status(), await services.scheduler.leases()
     page = services.metrics.page(ledger, leases, services.clock.now())
     return Response(page, media_type=CONTENT_TYPE_LATEST)
+
+
+def _seen(caller: Principal, row: dict[str, Any]) -> dict[str, Any]:
+    """A row as the caller may see it: whose lease served a pool's request is the operator's."""
+    if caller.role is Role.OPERATOR or row["lane"] not in SHARED or row["lease_id"] is None:
+        return row
+    attrs = {name: value for name, value in dict(row["attrs"] or {}).items() if name != LENT_BY}
+    return row | {"lease_id": None, "attrs": attrs}
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from market.forecast import BUCKET_S
 from market.ledger.manifest import KEYS, SCHEMAS, Dataset, entries_table
 from market.ledger.snapshot import Snapshot
 from market.pricing import to_pico
+from market.types import SHARED
 
 GROUPS = {
     "model": "model",
@@ -28,6 +29,8 @@ GROUPS = {
     "deployment": "deployment_id",
     "lease": "lease_id",
 }
+# On whose lease a request of the pool was served is not its tenant's business.
+_OWN_LEASE = f"CASE WHEN lane NOT IN {tuple(map(str, SHARED))} THEN lease_id END"
 BUCKETS = {"1m": 60, "1h": 3600, "1d": 86_400}
 BUCKET_GROUPS = {"model": "model", "api_key_id": "api_key_id", "project_id": "tenant_id"}
 BUCKETS_MAX = 1440
@@ -53,13 +56,17 @@ _WHERE = (
 
 @dataclass(frozen=True, slots=True)
 class UsageQuery:
-    """Which rows to sum, [since, until) by booking time, and by what."""
+    """Which rows to sum, [since, until) by booking time, and by what.
+
+    ``lenders``: the leases on which a pool's requests were served are told apart.
+    """
 
     by: tuple[str, ...] = ("model",)
     tenant: str | None = None
     model: str | None = None
     since: datetime | None = None
     until: datetime | None = None
+    lenders: bool = False
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.by if name not in GROUPS]
@@ -80,7 +87,8 @@ class UsageQuery:
 
 def usage(snapshot: Snapshot, query: UsageQuery) -> list[dict[str, Any]]:
     """Requests, tokens, GPU time, charge and savings per group, largest charge first."""
-    groups = "".join(f'{GROUPS[name]} AS "{name}", ' for name in query.by)
+    columns = GROUPS if query.lenders else GROUPS | {"lease": _OWN_LEASE}
+    groups = "".join(f'{columns[name]} AS "{name}", ' for name in query.by)
     sql = f"SELECT {groups} {_SAVED} {_SUMS} FROM usage {_WHERE} GROUP BY ALL"
     rows = _rows(snapshot, sql, query.parameters())
     return sorted(rows, key=lambda row: (-row["charge"], [str(row[name]) for name in query.by]))

@@ -258,6 +258,37 @@ class TestKeys:
             assert answer.json()["error"]["code"] == code
 
 
+class TestLenders:
+    """On whose lease a pool's request was served is the operator's to know."""
+
+    def test_are_not_in_the_rows_of_requests(self, world):
+        path = "/market/v1/requests/req-1"
+        row = world.ask("acme", "GET", path).json()
+        assert (row["lease_id"], row["attrs"]) == (None, {})
+        row = world.ask("operator", "GET", path).json()
+        assert (row["lease_id"], row["attrs"]) == ("lease-of-other", {LENT_BY: "other"})
+
+    def test_are_not_told_apart_in_sums(self, world):
+        query = {"by": "lease", "tenant": "acme", "model": "tiny"}
+        for who, lease in (("acme", None), ("operator", "lease-of-other")):
+            (row,) = world.ask(who, "GET", "/market/v1/usage", params=query).json()
+            assert row["lease"] == lease
+
+    def test_are_not_proven_to_borrowers(self, world):
+        path = "/market/v1/ledger/proofs/req-1"
+        answer = world.ask("acme", "GET", path)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "row_names_lender")
+        assert world.ask("operator", "GET", path).status_code == 200
+
+    def test_are_not_in_exports(self, world):
+        now = world.market.clock.now()
+        query = {"period": f"{now:%Y-%m}", "format": "csv"}
+        exported = world.ask("acme", "GET", "/market/v1/ledger/focus", params=query)
+        assert exported.status_code == 200
+        assert "tiny" in exported.text
+        assert "other" not in exported.text
+
+
 class TestInput:
     """What cannot be is refused in words, at once, and ends nobody."""
 
