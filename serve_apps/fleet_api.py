@@ -138,7 +138,7 @@ async def quote(body: NewOrder, services: With, caller: Caller) -> dict[str, Any
 
 @router.get("/deployments")
 async def deployments(services: With, caller: Caller) -> list[dict[str, Any]]:
-    """What should run, and its state. Tenants see pools and their own; providers see leases."""
+    """What should run, and its state. Tenants see pools and their own; providers have leases."""
     tenant_id = require_tenant(caller)
     reasons = await services.scheduler.scaling()
     return [
@@ -277,7 +277,7 @@ def _require_leasing(caller: Principal, model: str, *more: Lane) -> None:
         require_lane(caller, lane)
 
 
-async def _holder(services: Services, caller: Principal, lease_id: Name, *more: Lane) -> str | None:
+async def _holder(services: Services, caller: Principal, lease_id: str, *more: Lane) -> str | None:
     """Whose lease the key may change; None: whoever's. Raises PermissionDenied, NotFound."""
     tenant_id = require_tenant(caller)
     lease = await services.scheduler.lease(lease_id, tenant_id)
