@@ -53,6 +53,7 @@ CONNECT_TIMEOUT_S = 5.0
 # How long to look for a replica that is not there: a lost one is started again meanwhile.
 REPLICA_TIMEOUT_S = 120.0
 CLOSE_POLL_S = 0.5
+TAKEN_POLL_S = 0.02
 ASLEEP = State(False, 0)
 
 
@@ -96,7 +97,7 @@ class LinkServer:
             peer.tell(state)
 
     async def stop(self, patience_s: float) -> None:
-        """Take no new streams; end those that are still under way after ``patience_s``."""
+        """Take no new streams; end those under way, or not taken yet, after ``patience_s``."""
         self.tell(ASLEEP)
         if self._server is not None:
             self._server.close()
@@ -104,8 +105,12 @@ class LinkServer:
         for peer in self._peers:
             peer.closing = True
             tasks += list(peer.tasks.values())
-        if tasks:
-            await asyncio.wait(tasks, timeout=patience_s)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                if tasks:
+                    await asyncio.wait(tasks)
+                while any(peer.is_behind for peer in self._peers):
+                    await asyncio.sleep(TAKEN_POLL_S)
         for peer in list(self._peers):
             await peer.close()
 
@@ -169,6 +174,11 @@ class _Peer:
             case Taken(frames):
                 self._under_way -= frames
                 self._news.set()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the gateway has not taken all there is: the ends of answers may be among it."""
+        return bool(self._waiting or self._told or self._under_way)
 
     def tell(self, state: State) -> None:
         """What the replica says of itself."""

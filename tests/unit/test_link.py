@@ -17,7 +17,7 @@ from market.types import (
     TokenCounts,
     TokenLogprob,
 )
-from serve_apps.frames import Abort, Open, State, merge
+from serve_apps.frames import Abort, Open, State, Taken, merge
 from serve_apps.link import Address, Link, LinkServer
 
 HOST = "127.0.0.1"
@@ -313,6 +313,44 @@ async def test_a_replica_that_leaves_ends_its_answers_and_takes_no_more():
             await until(lambda n=n: engine.produced == n + 1)
         assert text(await reading) == "0 1 2 "
         await stopping
+
+
+async def slow_to_take(link, monkeypatch, after_s):
+    """It connects, and says so long after each frame that it has passed it on."""
+    await link._connected()
+    send = link._send
+
+    def later(writer, asked):
+        wait_s = after_s if isinstance(asked, Taken) else 0
+        asyncio.get_running_loop().call_later(wait_s, send, writer, asked)
+
+    monkeypatch.setattr(link, "_send", later)
+
+
+async def test_a_replica_that_leaves_waits_until_ends_of_answers_are_taken(monkeypatch):
+    engine = Engine(50)
+    async with linked(engine) as (server, link):
+        await slow_to_take(link, monkeypatch, 0.1)
+        reading = asyncio.create_task(read(link))
+        await until(lambda: engine.produced == 50)
+        await server.stop(5)
+        for peer in list(server._peers):  # its process ends
+            peer._writer.transport.abort()
+        chunks = await asyncio.wait_for(reading, 5)
+    assert text(chunks) == "".join(f"{n} " for n in range(50))
+    assert chunks[-1].finish_reason is FinishReason.STOP
+
+
+async def test_a_gateway_that_takes_nothing_holds_a_replica_up_no_longer_than_its_patience(
+    monkeypatch,
+):
+    engine = Engine(50)
+    async with linked(engine) as (server, link):
+        await slow_to_take(link, monkeypatch, 3600)
+        reading = asyncio.create_task(read(link))
+        await until(lambda: engine.produced == 50)
+        await asyncio.wait_for(server.stop(0.1), 5)
+        reading.cancel()
 
 
 def test_merging_joins_what_accumulates_and_keeps_the_last_counts():
