@@ -45,6 +45,29 @@ class Rate:
         return math.exp(-passed_s / RATE_TAU_S)
 
 
+class Lately:
+    """A moving mean that fades while nothing new comes.
+
+    Who is passed over for a slow first token is tried again then, and what a first one after a
+    while says counts for more than what was before.
+    """
+
+    def __init__(self) -> None:
+        self._mean = self._at_s = 0.0
+
+    def add(self, value: float, now_s: float) -> None:
+        """It was so much this time."""
+        old = (1 - NEWEST) * self._kept(now_s) if self._mean else 0.0
+        self._mean, self._at_s = value + (self._mean - value) * old, now_s
+
+    def get(self, now_s: float) -> float:
+        """How much is to be expected."""
+        return self._mean * self._kept(now_s)
+
+    def _kept(self, now_s: float) -> float:
+        return math.exp(-(now_s - self._at_s) / RATE_TAU_S)
+
+
 @dataclass(slots=True)
 class _Turns:
     """What one tenant had of a pool lately."""
@@ -59,7 +82,7 @@ class _Pool:
     waiters: dict[str, tuple[str, "asyncio.Future[None]"]] = field(default_factory=dict)
     finished: Rate | None = None
     turns: dict[str, _Turns] = field(default_factory=dict)
-    ttft_s: float = 0.0
+    ttft_s: Lately = field(default_factory=Lately)
     used_s: float = 0.0
 
 
@@ -130,7 +153,7 @@ class Queues:
         """A request got its first token so long after it left the queue."""
         pool = self._pools.get(pool_name)
         if pool is not None:
-            pool.ttft_s += (ttft_s - pool.ttft_s) * (NEWEST if pool.ttft_s else 1)
+            pool.ttft_s.add(ttft_s, self._clock.monotonic())
 
     def serve(self, pool_name: str, request_id: str, output_tokens: int) -> None:
         """A request was given output tokens."""
@@ -188,9 +211,8 @@ class Queues:
             return Load(0, 0, places)
         now_s, finished, queue = self._clock.monotonic(), pool.finished, pool.queue
         rate = 0.0 if finished is None else finished.get(now_s)
-        # Who is passed over for a slow first token must not be so for ever.
-        ttft_s = pool.ttft_s * math.exp(-(now_s - pool.used_s) / RATE_TAU_S)
-        return Load(queue.running, queue.waiting, queue.places + queue.lent, rate, ttft_s)
+        places, ttft_s = queue.places + queue.lent, pool.ttft_s.get(now_s)
+        return Load(queue.running, queue.waiting, places, rate, ttft_s)
 
     def waiting(self) -> dict[str, tuple[int, int]]:
         """(running, waiting) by pool."""

@@ -44,7 +44,7 @@ class Reason(StrEnum):
 class Load:
     """What a pool or lease has to do, as this gateway sees it.
 
-    ``ttft_s``: from dispatch to the first token lately, a moving mean that fades while nobody asks.
+    ``ttft_s``: from dispatch to the first token lately, a moving mean that fades while none comes.
     """
 
     running: int
@@ -147,7 +147,7 @@ def spill_reason(lease: Load | None, ttft_s: float) -> Reason | None:
         return Reason.NOT_READY
     if lease.waiting > lease.places:
         return Reason.QUEUE
-    if lease.is_full and lease.first_token_s > ttft_s:
+    if lease.first_token_s > ttft_s:
         return Reason.TTFT
     return None
 
@@ -194,9 +194,10 @@ def strong_share(cheap: RateCard, strong: RateCard, cost_target: float) -> float
 
     Of ``cost_target`` x what the strong model alone would cost, for requests of the same lengths.
     """
-    ratio = (cheap.input_pico + cheap.output_pico) / (strong.input_pico + strong.output_pico)
-    if ratio >= 1:
+    cheap_pico, strong_pico = (card.input_pico + card.output_pico for card in (cheap, strong))
+    if strong_pico <= cheap_pico:
         return 1.0
+    ratio = cheap_pico / strong_pico
     return min(1.0, max(0.0, (cost_target - ratio) / (1 - ratio)))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from market import routing
-from market.queueing import NEWEST, Rate
+from market.queueing import Lately, Rate
 from market.routing import Load
 from market.simulation.pools import Arrival, Machine
 
@@ -32,7 +32,7 @@ class _Lease:
         self.ends: list[float] = []
         self.waiting: deque[Arrival] = deque()
         self.finished: Rate | None = None
-        self.ttft_s = 0.0
+        self.ttft_s = Lately()
 
     def pass_to(self, now_s: float) -> None:
         """Everything that ends until then makes room for who waits."""
@@ -45,14 +45,15 @@ class _Lease:
 
     def begin(self, request: Arrival, now_s: float) -> None:
         first_s = request.prompt_tokens / self.machine.prompt_tokens_per_s
-        self.ttft_s += (first_s - self.ttft_s) * (NEWEST if self.ttft_s else 1)
+        self.ttft_s.add(first_s, now_s)
         self.outcome.ttft_s.append(now_s - request.at_s + first_s)
         took_s = first_s + request.output_tokens / self.machine.output_tokens_per_s
         heapq.heappush(self.ends, now_s + took_s)
 
     def load(self, now_s: float) -> Load:
         rate = 0.0 if self.finished is None else self.finished.get(now_s)
-        return Load(len(self.ends), len(self.waiting), self.places, rate, self.ttft_s)
+        ttft_s = self.ttft_s.get(now_s)
+        return Load(len(self.ends), len(self.waiting), self.places, rate, ttft_s)
 
     def take(self, request: Arrival) -> None:
         if self.waiting or len(self.ends) >= self.places:

@@ -8,7 +8,7 @@ from market import queueing
 from market.errors import Overloaded, SlowDown
 from market.fairness import PoolShare
 from market.fakes import FakeClock
-from market.queueing import IDLE_POOL_S, WAITING_MAX_PER_TENANT, Queues
+from market.queueing import IDLE_POOL_S, RATE_TAU_S, WAITING_MAX_PER_TENANT, Lately, Queues
 
 
 @pytest.fixture
@@ -189,3 +189,31 @@ async def test_a_flood_that_gets_little_beside_others_is_told_by_what_it_gets(qu
     assert len(refused) in range(5, 13)  # about 20 get a turn in 20 s
     for task in tasks:
         task.cancel()
+
+
+async def test_slow_first_token_is_forgotten_also_while_others_are_served(queues, clock):
+    """Else a lease that is passed over for it would be so until its last answer has ended."""
+    for n in range(10):
+        await enter(queues, f"r{n}", places=16)
+    queues.begin("pool", 30.0)
+    for n in range(10):
+        clock.advance(3)
+        queues.leave("pool", f"r{n}")
+    assert queues.load("pool", 16).first_token_s < 2
+
+
+def test_what_comes_after_a_while_counts_for_more_than_what_was_before():
+    seldom, often = Lately(), Lately()
+    for mean, every_s in ((seldom, 3 * RATE_TAU_S), (often, 0.1)):
+        mean.add(30.0, 0.0)
+        mean.add(1.0, every_s)
+    assert seldom.get(3 * RATE_TAU_S) < 3
+    assert often.get(0.1) > 20
+
+
+@pytest.mark.parametrize("every_s", [0.1, 5.0, 60.0])
+def test_what_is_always_the_same_is_expected_however_often_it_comes(every_s):
+    mean = Lately()
+    for n in range(20):
+        mean.add(3.0, n * every_s)
+    assert mean.get(19 * every_s) == pytest.approx(3.0)

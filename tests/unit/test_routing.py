@@ -36,8 +36,10 @@ class TestSpill:
         assert routing.spill_reason(FULL, 2.0) is Reason.TTFT
         assert routing.spill_reason(FULL, 3.0) is None
 
-    def test_a_slow_first_token_is_no_reason_while_there_is_room(self):
-        assert routing.spill_reason(replace(IDLE, ttft_s=9.0), 2.0) is None
+    def test_slow_first_tokens_spill_though_there_is_room(self):
+        busy = Load(40, 0, 128, finished_per_s=1.0, ttft_s=30.0)
+        assert routing.spill_reason(busy, 2.0) is Reason.TTFT
+        assert routing.spill_reason(replace(busy, ttft_s=1.9), 2.0) is None
 
     def test_a_queue_longer_than_the_lease_spills(self):
         assert routing.spill_reason(replace(FULL, waiting=17), 100.0) is Reason.QUEUE
@@ -102,6 +104,11 @@ class TestThreshold:
         assert 0 <= share <= 1
         cost = share + (1 - share) / factor
         assert cost == pytest.approx(max(target, 1 / factor))
+
+    @pytest.mark.parametrize("pico", [0, 1000])
+    def test_a_strong_model_that_costs_nothing_gets_all(self, pico):
+        cheap, strong = (replace(CARD, input_pico=each, output_pico=each) for each in (pico, 0))
+        assert routing.strong_share(cheap, strong, 0.5) == 1.0
 
     def test_what_only_the_strong_one_can(self):
         assert routing.needs_strong(Query("x", 10, tools=True), 1000) is Reason.TOOLS

@@ -31,7 +31,8 @@ def test_every_request_is_served_once_and_spills_are_counted(trace, replicas):
 
 @given(TRACES)
 def test_what_fits_the_lease_never_spills(trace):
-    assert simulate_hybrid(trace, MACHINE, 60, 0.0).spilled == 0
+    slowest_s = 500 / MACHINE.prompt_tokens_per_s
+    assert simulate_hybrid(trace, MACHINE, 60, slowest_s).spilled == 0
 
 
 def test_a_burst_spills_what_would_wait_and_the_rest_stays():
