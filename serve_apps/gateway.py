@@ -132,6 +132,7 @@ class Gateway:
             cold=self._routes.cold(),
             streams=self._routes.streams(),
             kv_used=self._routes.kv_used(),
+            borrowed=self._routes.borrowed(),
         )
         orders = await self._scheduler.sync(report)
         self._queues.take_shares(orders.pools.items())

@@ -283,6 +283,11 @@ class Link:
         return len(self._streams)
 
     @property
+    def borrowed(self) -> int:
+        """Those of them that a lease's holder lets go on here while idle."""
+        return sum(stream.borrowed for stream in self._streams.values())
+
+    @property
     def kv_used(self) -> float:
         """The part of the replica's KV cache that our answers have; 0 if its size is unknown."""
         held = sum(stream.tokens for stream in self._streams.values())
@@ -298,7 +303,7 @@ class Link:
         writer = await self._connected()
         self._last += 1
         number = self._last
-        stream = self._streams[number] = _Stream(len(request.prompt_token_ids))
+        stream = self._streams[number] = _Stream(request)
         credit.on_extend = lambda: self._extend(number, credit)
         try:
             self._send(writer, Open(number, request, credit.tokens, credit.final))
@@ -395,8 +400,9 @@ class Link:
 class _Stream:
     """What has come of one answer and was not passed on yet."""
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens  # of the prompt and of the answer so far
+    def __init__(self, request: EngineRequest) -> None:
+        self.tokens = len(request.prompt_token_ids)  # and those of the answer so far
+        self.borrowed = request.borrowed
         self._chunks: list[EngineChunk] = []
         self._failure: Failure | None = None
         self._waiter: asyncio.Future[None] | None = None

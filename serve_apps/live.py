@@ -134,6 +134,10 @@ class LiveRoutes:
             found[app] += link.streams
         return dict(found)
 
+    def borrowed(self) -> dict[str, int]:
+        """Those of them on leases' replicas that are lent, none of whose holder's."""
+        return {app: link.borrowed for app, link in self._engines.items() if link.borrowed}
+
     def kv_used(self) -> dict[str, float]:
         """The part of each replica's KV cache that answers through this gateway have."""
         return {app: link.kv_used for app, link in self._engines.items() if link.streams}

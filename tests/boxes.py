@@ -119,7 +119,7 @@ class Demands:
     def __init__(self, box, scheduler):
         self.box, self.scheduler = box, scheduler
 
-    async def __call__(self, seconds, cold=(), streams=(), **running):
+    async def __call__(self, seconds, cold=(), streams=(), borrowed=(), **running):
         """For so long; ``running`` is by model, with dashes for underscores."""
         for _ in range(seconds):
             pools = {
@@ -127,7 +127,13 @@ class Demands:
                 for name, count in running.items()
             }
             report = GatewayReport(
-                "gw0", 1, pools, frozenset(), dict(cold), {} if not streams else dict(streams)
+                "gw0",
+                1,
+                pools,
+                frozenset(),
+                cold=dict(cold),
+                streams=dict(streams),
+                borrowed=dict(borrowed),
             )
             await self.scheduler.sync(report)
             self.box.clock.advance(1)

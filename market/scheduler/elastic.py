@@ -172,10 +172,10 @@ class Elastic:
             costs = replace(costs, wake_s=None)  # a start is what there is to be ahead of
         return self._forecasts.ahead(deployment.model, idle_s, costs, is_there=is_there)
 
-    def _lent(self, model: str) -> list[tuple[str, str]]:
-        """(application, lease) of leases' replicas that serve the model's pool while idle."""
+    def _lent(self, model: str) -> list[str]:
+        """Applications of leases' replicas that serve the model's pool while idle."""
         return [
-            (replica.app_name, lease.lease_id)
+            replica.app_name
             for lease in self._core.lent(model)
             for replica in self._core.replicas_of(lease.lease_id)
         ]

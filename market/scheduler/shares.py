@@ -43,7 +43,8 @@ class GatewayReport:
     """What a gateway says twice a second. ``limited_keys`` were used lately and have limits.
 
     ``cold``: requests that wait for a model to start. By replica (application), of this gateway's
-    answers under way: ``streams`` how many, ``kv_used`` their part of its KV cache.
+    answers under way: ``streams`` how many, ``borrowed`` how many of them on a lease that was lent
+    (each is a request of its own), ``kv_used`` their part of its KV cache.
     """
 
     producer: str
@@ -53,6 +54,7 @@ class GatewayReport:
     cold: Mapping[str, int] = field(default_factory=dict)
     streams: Mapping[str, int] = field(default_factory=dict)
     kv_used: Mapping[str, float] = field(default_factory=dict)
+    borrowed: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,18 +163,17 @@ class Shares:
         """Whether any gateway has said what it does: else nobody knows what is asked."""
         return bool(self._gateways)
 
-    def demand(
-        self, pool_name: str, apps: Sequence[str] = (), lent: Iterable[tuple[str, str]] = ()
-    ) -> Demand:
+    def demand(self, pool_name: str, apps: Sequence[str] = (), lent: Iterable[str] = ()) -> Demand:
         """What all gateways together ask of a pool's own replicas, the ``apps``.
 
-        Not what runs on leases that are ``lent``: (application, lease).
+        Not what runs on leases that are ``lent`` (applications).
         """
         now_s = self._clock.monotonic()
         reports = [gateway.report for gateway in self._gateways.values()]
         pools = [report.pools[pool_name] for report in reports if pool_name in report.pools]
+        borrowed = sum(report.borrowed.get(app, 0) for app in lent for report in reports)
         return Demand(
-            running=max(0, sum(pool.running for pool in pools) - self._borrowed(lent)),
+            running=max(0, sum(pool.running for pool in pools) - borrowed),
             waiting=sum(pool.waiting for pool in pools),
             cold=sum(report.cold.get(pool_name, 0) for report in reports),
             finished_per_s=sum(pool.finished_per_s for pool in pools),
@@ -181,10 +182,6 @@ class Shares:
             kv_used=sum(r.kv_used.get(app, 0.0) for r in reports for app in apps)
             / max(1, len(apps)),
         )
-
-    def _borrowed(self, lent: Iterable[tuple[str, str]]) -> int:
-        own = self._in_use()
-        return sum(max(0, self.streams(app) - own.get(lease_id, 0)) for app, lease_id in lent)
 
     def _in_use(self) -> dict[str, int]:
         """Requests that run or wait, by pool and lease."""

@@ -684,9 +684,9 @@ class TestResale:
             await self.lent(farm, scheduler)
             (lent,) = (await scheduler.routes()).lent
             demands = Demands(farm, scheduler)
-            await demands(5, streams={lent.app_name: 4}, tiny_qwen=4)
+            await demands(5, borrowed={lent.app_name: 4}, tiny_qwen=4)
             assert DeploymentState.COLD in await states(scheduler)
-            await demands(2, streams={lent.app_name: 4}, tiny_qwen=5)  # one is not on it
+            await demands(2, borrowed={lent.app_name: 4}, tiny_qwen=5)  # one is not on it
             assert DeploymentState.COLD not in await states(scheduler)
 
     async def test_its_places_are_the_pools_only_while_its_holder_is_idle(self, farm):

@@ -315,6 +315,21 @@ async def test_a_replica_that_leaves_ends_its_answers_and_takes_no_more():
         await stopping
 
 
+async def test_borrowed_places_are_counted_apart():
+    engine = Engine(2, paced=True)
+    async with linked(engine) as (_, link):
+        asked = [msgspec.structs.replace(ask(n), borrowed=n > 0) for n in range(3)]
+        credit = Credit(10**6, final=True)
+        streams = [link.generate(request, credit) for request in asked]
+        reading = [asyncio.create_task(anext(stream)) for stream in streams]
+        await until(lambda: link.streams == 3)
+        assert link.borrowed == 2
+        for task in reading:
+            task.cancel()
+        await until(lambda: link.streams == 0)
+        assert link.borrowed == 0
+
+
 async def slow_to_take(link, monkeypatch, after_s):
     """It connects, and says so long after each frame that it has passed it on."""
     await link._connected()

@@ -189,15 +189,17 @@ class TestDemand:
         assert shares.demand("tiny").asked_per_s == 50 * OUTPUT_WORK / RATE_TAU_S
 
     def test_what_runs_on_lent_leases_is_not_asked_of_the_pool(self, shares):
+        """The holder's own request asks for four answers there; three are borrowed."""
         report = GatewayReport(
             "gw0",
             1,
             {"tiny": pool(running=5), "lease-1": pool(running=1)},
             frozenset(),
-            streams={"leased": 4},
+            streams={"leased": 7},
+            borrowed={"leased": 3, "another": 1},
         )
         shares.sync(report, ROUTES)
-        assert shares.demand("tiny", lent=[("leased", "lease-1")]).running == 2
+        assert shares.demand("tiny", lent=["leased"]).running == 2
 
     def test_lent_places_are_told_apart_and_only_while_their_holder_is_idle(self, shares):
         lent = replace(ROUTE, app_name="leased", places=4, loan=Loan("lease-1", "lender"))
