@@ -25,6 +25,7 @@ from market.types import (
 
 CLAIM_MAX = 2**62
 LENT_BY = "lent_by"  # of a record's attrs
+NOT_TAKEN = "not_taken"  # the names of those begin so that say what a request would have cost
 DEFAULT_SAMPLING = Sampling(None)
 
 
@@ -244,9 +245,9 @@ def _not_taken(
         return ()
     charge = pricing.charge(counts, card, outcome, Lane.TOKENS)
     return (
-        ("not_taken", card.model),
-        ("not_taken_price_id", card.price_id),
-        ("not_taken_charge", pricing.format_money(charge)),
+        (NOT_TAKEN, card.model),
+        (f"{NOT_TAKEN}_price_id", card.price_id),
+        (f"{NOT_TAKEN}_charge", pricing.format_money(charge)),
     )
 
 

@@ -11,6 +11,7 @@ from market.accounts import MARKET_PROVIDER, provider_account, tenant_account
 from market.errors import Conflict, InvalidRequest
 from market.ledger import tables
 from market.ledger.store import LedgerStore
+from market.metering import NOT_TAKEN
 from market.types import CURRENCY, Lane, RecordKind, UsageQuality, UsageRecord
 
 
@@ -135,7 +136,7 @@ def _correction(
         charge_pico=-amount_pico,
         finish_reason=None,
         usage_quality=UsageQuality(original["usage_quality"]),
-        attrs=_why(refund),
+        attrs=(*_why(refund), *(_not_taken(original) if whole else ())),
         **{name: original[name] for name in (*names, *places, *ending)},
     )
 
@@ -164,6 +165,11 @@ def _gift(refund: Refund, provider_id: str, amount_pico: int, now: datetime) -> 
         finish_reason=None,
         attrs=_why(refund),
     )
+
+
+def _not_taken(original: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """With the charge goes what its way saved: a reversal has the price not taken, too."""
+    return tuple(pair for pair in original["attrs"] or () if pair[0].startswith(NOT_TAKEN))
 
 
 def _why(refund: Refund) -> tuple[tuple[str, str], ...]:

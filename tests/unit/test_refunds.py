@@ -9,6 +9,7 @@ from market.accounts import MARKET_PROVIDER, provider_account, tenant_account
 from market.errors import Conflict, InvalidRequest, NotFound
 from market.ledger.audit import Auditor
 from market.ledger.refunds import Refund
+from market.ledger.reports import UsageQuery
 from market.ledger.schema import encode_batch
 from market.pricing import format_money, to_decimal
 from market.types import FinishReason
@@ -94,6 +95,25 @@ class TestWholeRequest:
         assert moved["debit_account"] == provider_account("local")
         assert moved["credit_account"] == tenant_account("acme")
         assert (moved["amount"], moved["lsn_lo"], moved["lsn_hi"]) == (to_decimal(CHARGE), 3, 3)
+
+    async def test_takes_back_what_was_saved_with_it(self, ledger, box):
+        amount = 10 * CHARGE
+        shared = hold_request("slice-9", epoch=box.epoch, wanted_pico=amount, minimum_pico=amount)
+        await ledger.open_hold(shared)
+        dear = ("not_taken", "big"), ("not_taken_charge", format_money(3 * CHARGE))
+        drawn = record(shared, request_id="req-9", attrs=dear)
+        await ledger.append("gw0", box.epoch, box.seq, encode_batch([drawn]))
+
+        async def saved():
+            (row,) = await ledger.usage(UsageQuery(("lane",)))
+            return row["saved"]
+
+        assert await saved() == to_decimal(2 * CHARGE)
+        await ledger.refund(refund("refund-8", request_id="req-1", amount_pico=1))
+        assert await saved() == to_decimal(2 * CHARGE)
+        await ledger.refund(refund(request_id="req-9"))
+        assert await saved() == 0
+        await verified(ledger)
 
     async def test_leaves_a_ledger_that_verifies(self, ledger, box):
         await ledger.refund(refund())
