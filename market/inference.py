@@ -224,7 +224,7 @@ class Inference:
             usage_quality=UsageQuality.RECOVERED,
             lease_id=route.lease_id,
             slice_id=None if reservation is None else reservation.slice.slice_id,
-            attrs=choice.attrs,
+            attrs=choice.noted,
         )
 
     async def _enter(self, admission: Admission) -> None:

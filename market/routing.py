@@ -21,6 +21,7 @@ UNLIMITED_PICO = 10**27
 # So many requests' difficulties are remembered, and so many make a threshold of one's own.
 REMEMBERED = 1000
 REMEMBERED_LEAST = 50
+LANE_REASON = "lane_reason"  # of a record's attrs
 
 
 class Reason(StrEnum):
@@ -82,6 +83,11 @@ class Choice:
     cap: Budget | None = None
     not_taken: RateCard | None = None
     attrs: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def noted(self) -> tuple[tuple[str, str], ...]:
+        """What the record says of it."""
+        return self.attrs if self.reason is None else (*self.attrs, (LANE_REASON, str(self.reason)))
 
 
 @dataclass(frozen=True, slots=True)

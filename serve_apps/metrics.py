@@ -19,7 +19,8 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from market.ports import UsageSink
-from market.types import CURRENCY, Lease, UsageRecord
+from market.routing import LANE_REASON
+from market.types import CURRENCY, Lane, Lease, UsageRecord
 from serve_apps.observed import Seen
 
 ADMISSION_BUCKETS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.2, 1, 5)
@@ -42,6 +43,9 @@ class Metrics:
         self._tokens = Counter("market_tokens", "Recorded tokens", labels, registry=registry)
         self._requests = Counter(
             "market_requests", "Recorded requests", ["model", "reason"], registry=registry
+        )
+        self._spills = Counter(
+            "market_spills", "Recorded requests that spilled", ["reason"], registry=registry
         )
         self._charge = Counter(
             "market_charge", "Charged to tenants", ["currency"], registry=registry
@@ -110,6 +114,8 @@ class Metrics:
         self._tokens.labels(*tokens, "cached_input").inc(record.cached_input_tokens)
         self._tokens.labels(*tokens, "output").inc(record.output_tokens)
         self._requests.labels(model, record.finish_reason or "").inc()
+        if record.lane is Lane.SPILL:
+            self._spills.labels(dict(record.attrs).get(LANE_REASON, "")).inc()
         self._charge.labels(record.currency).inc(record.charge_pico / 1e12)
         for histogram, milliseconds in (
             (self._queue, record.queue_ms),

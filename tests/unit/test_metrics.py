@@ -6,7 +6,7 @@ from market.config import Config
 from market.errors import NotFound
 from market.fakes import DirectSink, FakeClock, MemoryLedger
 from market.ledger.sealing import CHECKPOINT_EVERY
-from market.types import FinishReason
+from market.types import FinishReason, Lane
 from serve_apps.live import LiveRoutes
 from serve_apps.metrics import CountingSink, Metrics
 from tests.contracts.test_ledger import CHARGE, record
@@ -44,6 +44,16 @@ async def test_recorded_tokens_and_charges_are_counted_once_they_are_safe():
     assert f'market_tokens_total{{kind="output",{labels}}} 10.0' in page
     assert f'market_tokens_total{{kind="cached_input",{labels}}} 40.0' in page
     assert f'market_requests_total{{model="tiny",reason="{FinishReason.STOP}"}} 1.0' in page
+
+
+def test_spills_are_counted_by_reason():
+    metrics, hold = Metrics(), hold_request("r", lane=Lane.SPILL)
+    for reason in ("ttft", "queue", "ttft"):
+        metrics.observe(record(hold, attrs=(("lane_reason", reason),)))
+    metrics.observe(record(hold_request("r")))
+    page = metrics.page(STATUS, [], NOON).decode()
+    assert 'market_spills_total{reason="ttft"} 2.0' in page
+    assert 'market_spills_total{reason="queue"} 1.0' in page
 
 
 def test_state_of_the_ledger_is_shown():
