@@ -25,13 +25,14 @@ class Spend:
 class Allowance:
     """What may be set aside: now, and once what is held now has returned.
 
-    ``resets_at`` is when the tightest budget begins anew; None for never.
+    ``subject`` is that of the tightest budget, ``resets_at`` when it begins anew; None for never.
     """
 
     now_pico: int
     later_pico: int
     period: Period
     resets_at: datetime | None
+    subject: str
 
 
 def window(period: Period, now: datetime) -> tuple[datetime, datetime | None]:
@@ -73,5 +74,5 @@ def allowance(
         now_pico = max(0, later_pico - held_pico)
         if found is None or (now_pico, later_pico) < (found.now_pico, found.later_pico):
             resets_at = window(budget.period, now)[1]
-            found = Allowance(now_pico, later_pico, budget.period, resets_at)
+            found = Allowance(now_pico, later_pico, budget.period, resets_at, budget.subject)
     return found

@@ -6,6 +6,7 @@ MarketError
 │   └── RequestTooLarge     413  the body is larger than the server reads
 ├── InvalidKey              401  missing, wrong, expired or revoked API key
 ├── InsufficientBalance     402  the balance cannot cover even a short answer
+│   └── SpillsSpent         402  a hybrid's budget for spills cannot
 ├── PermissionDenied        403  the key's role or scope does not allow it
 ├── RateLimited             429  too many requests or tokens a minute, or at once, for this key
 │   ├── TokensLimited       429  too many tokens a minute
@@ -104,6 +105,12 @@ class InsufficientBalance(MarketError):
     http_status = 402
     type = "insufficient_quota"
     code = "insufficient_balance"
+
+
+class SpillsSpent(InsufficientBalance):
+    """A hybrid's requests have cost, or may yet cost, what they may today beside its lease."""
+
+    code = "budget_exceeded"
 
 
 class PermissionDenied(MarketError):

@@ -14,7 +14,13 @@ from typing import Any
 
 from market import pricing, slices
 from market.accounts import HoldResult, HoldStatus
-from market.errors import InsufficientBalance, InvalidRequest, MarketError, MarketFault
+from market.errors import (
+    InsufficientBalance,
+    InvalidRequest,
+    MarketError,
+    MarketFault,
+    SpillsSpent,
+)
 from market.ports import Clock, Grants, Returns, UsageSink
 from market.slices import IDLE_S, MAX_AGE_S, Need, Purse, PurseKey, Reservation, Slice
 from market.types import HoldChange, HoldRequest, Lane, PackLeft, RateCard, SliceAsk
@@ -428,8 +434,9 @@ def refusal(result: HoldResult, key: PurseKey, need: Need, card: RateCard) -> Ma
         "currency": card.currency,
         "affordable_max_tokens": None if fits is None else fits // need.answers,
     }
+    kind = SpillsSpent if _is_capped(result, key) else InsufficientBalance
     if result.status is HoldStatus.EXCEEDS_UNTIL_OTHERS_END:
-        return InsufficientBalance(
+        return kind(
             "requests in flight hold the rest of the balance; try again when they end",
             code="in_flight_budget_exhausted",
             metadata=metadata,
@@ -445,7 +452,7 @@ def refusal(result: HoldResult, key: PurseKey, need: Need, card: RateCard) -> Ma
         metadata["resets_at"] = None if resets_at is None else resets_at.isoformat()
         metadata["period"] = str(result.allowance.period)
         when = "it never resets" if resets_at is None else f"it resets at {resets_at:%F %T} UTC"
-        return InsufficientBalance(
+        return kind(
             f"the budget per {result.allowance.period} leaves {short}{rest}; {when}",
             code="budget_exceeded",
             metadata=metadata,
@@ -455,3 +462,11 @@ def refusal(result: HoldResult, key: PurseKey, need: Need, card: RateCard) -> Ma
         f"(market tenants deposit {key.tenant_id} AMOUNT)",
         metadata=metadata,
     )
+
+
+def _is_capped(result: HoldResult, key: PurseKey) -> bool:
+    """Whether it is the purse's own cap that is tightest, not a key's budget or the balance."""
+    bound, cap = result.allowance, key.cap
+    if bound is None or cap is None:
+        return False
+    return (bound.subject, bound.now_pico) == (cap.subject, result.available_pico)

@@ -5,6 +5,7 @@ market/routing.py decides; here its inputs are gathered and a cold pool is woken
 
 import asyncio
 import logging
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ from market.errors import InvalidRequest, MarketError, NotFound
 from market.inference import pool_of
 from market.routing import Choice, Difficulties, Load, Option, Query, Reason
 from market.scorer import Scorer
-from market.types import Lane, NotReady, Principal, RateCard, Route, Rule
+from market.types import Budget, Lane, NotReady, Principal, RateCard, Route, Rule
 from serve_apps.auth import may_use
 from serve_apps.live import LiveRoutes
 
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 PINS = ("cheap", "strong")
 # A cold pool that a rule would have used is asked for at most so often.
 WAKES_MAX = 16
+# For so long after a spill was refused for its budget no pool is started for others.
+SPENT_S = 60.0
 # Deployments whose requests' difficulties are remembered, those asked last.
 REMEMBERED_MAX = 1000
 
@@ -39,6 +42,7 @@ class Lanes:
         self._difficulties: OrderedDict[str, Difficulties] = OrderedDict()
         self._waiting: Counter[str] = Counter()
         self._waking: dict[str, asyncio.Task[None]] = {}
+        self._spent: dict[Budget, float] = {}
 
     def names(self, principal: Principal) -> list[str]:
         """Names of the tenant's own that can be asked."""
@@ -55,6 +59,12 @@ class Lanes:
     def is_starting(self, model: str) -> bool:
         """Whether somebody waits for what is asked under this name to start."""
         return model in self._waiting or model in self._routes.cold()
+
+    def spent(self, cap: Budget) -> None:
+        """A spill was refused for its budget."""
+        now_s = time.monotonic()
+        known = {budget: s for budget, s in self._spent.items() if s > now_s}
+        self._spent = known | {cap: now_s + SPENT_S}
 
     async def choose(self, model: str, principal: Principal, query: Callable[[], Query]) -> Choice:
         """Where a request for ``model`` goes: a model, or a tenant's own name with ``:cheap`` or
@@ -98,30 +108,32 @@ class Lanes:
 
     async def _hybrid(self, rule: Rule, principal: Principal) -> Choice:
         """The lease, unless it is too slow or not there; then the pool, within the spill budget."""
+        model = rule.model
+        if self._routes.own(model, principal) is None:
+            await self._routes.look()  # what is paid by the hour must not be charged by the token
+        own, pool, reason = self._seen(rule, principal)
+        if reason is not None and own is not None:
+            self._wake_if_cold(model, principal)
+        elif isinstance(pool, NotReady) and pool.wakes and own is None:
+            await self._routes.awake(
+                model,
+                principal,
+                Lane.SPILL,
+                lambda: self._routes.own(model, principal) is not None,
+            )
+            own, pool, reason = self._seen(rule, principal)
+        ready = pool if isinstance(pool, Route) else None
+        choice = routing.with_spill(rule, own, ready, reason)
+        return choice or Choice(await self._routes.route(model, principal))
+
+    def _seen(
+        self, rule: Rule, principal: Principal
+    ) -> tuple[Route | None, Route | NotReady | None, Reason | None]:
+        """The lease's replica, the pool that it may spill to, and why it should, if so."""
         own = self._routes.own(rule.model, principal)
-        if own is None:  # what is paid for by the hour must not be charged by the token
-            await self._routes.refresh()
-            own = self._routes.own(rule.model, principal)
         load = None if own is None else self._load_of(own)
         reason = routing.spill_reason(load, rule.policy.ttft_s)
-        pool = self._routes.pool(rule.model, principal, Lane.SPILL)
-        spills = may_use(principal, Lane.SPILL)
-        if isinstance(pool, NotReady) and pool.wakes and reason is not None and spills:
-            if own is None:
-                await self._routes.awake(
-                    rule.model,
-                    principal,
-                    Lane.SPILL,
-                    lambda: self._routes.own(rule.model, principal) is not None,
-                )
-                own = self._routes.own(rule.model, principal)
-                reason = reason if own is None else None
-                pool = self._routes.pool(rule.model, principal, Lane.SPILL)
-            else:  # those that come next can spill
-                self._wake(rule.model, principal, Lane.SPILL)
-        ready = pool if isinstance(pool, Route) and spills else None
-        choice = routing.with_spill(rule, own, ready, reason)
-        return choice or Choice(await self._routes.route(rule.model, principal))
+        return own, self._pool(rule.model, principal), reason
 
     # -- auto ----------------------------------------------------------------------------------
 
@@ -130,7 +142,6 @@ class Lanes:
     ) -> Choice:
         """What costs least of what is fast enough, among the models that are good enough."""
         policy = rule.policy
-        attrs: tuple[tuple[str, str], ...] = (("auto", rule.model),)
         models: tuple[str, ...] = (rule.model,)
         why: Reason | None = None
         if policy.cheap:
@@ -138,9 +149,7 @@ class Lanes:
         options = [o for model in models for o in await self._options(model, principal)]
         if not options:
             found = await self._only(models[0], principal)
-            not_taken = await self._not_taken(rule, found.route)
-            attrs = (*attrs, *found.attrs)
-            return replace(found, reason=why or found.reason, not_taken=not_taken, attrs=attrs)
+            return await self._noted(rule, replace(found, reason=why or found.reason))
         best, how = routing.cheapest(options, policy.ttft_s)
         if how is Reason.FASTEST or best.route.model != models[0]:
             self._wake_if_cold(models[0], principal)
@@ -150,18 +159,25 @@ class Lanes:
             others = await self._options(policy.cheap, principal)
         if others:
             other, _ = routing.cheapest(others, policy.ttft_s)
-            second = Choice(
-                other.route, Reason.FALLBACK, cap=other.cap, attrs=(*attrs, *other.attrs)
-            )
-        not_taken = await self._not_taken(rule, best.route)
-        attrs = (*attrs, *best.attrs)
-        return Choice(best.route, why or how, second, best.cap, not_taken, attrs)
+            second = Choice(other.route, Reason.FALLBACK, None, other.cap, None, other.attrs)
+        choice = Choice(best.route, why or how, second, best.cap, None, best.attrs)
+        return await self._noted(rule, choice)
+
+    async def _noted(self, rule: Rule, choice: Choice) -> Choice:
+        """The same with what its record says, also if it is served elsewhere."""
+        second = choice.otherwise
+        return replace(
+            choice,
+            otherwise=None if second is None else await self._noted(rule, second),
+            not_taken=await self._not_taken(rule, choice.route),
+            attrs=(("auto", rule.model), *choice.attrs),
+        )
 
     async def _only(self, model: str, principal: Principal) -> Choice:
         """The way to a model that does not serve yet, by the rules of a hybrid if it is one."""
-        rule = self._routes.rule(model, principal)
-        if rule is not None and rule.lease_id is not None:
-            return await self._hybrid(rule, principal)
+        hybrid = self._hybrid_rule(model, principal)
+        if hybrid is not None:
+            return await self._hybrid(hybrid, principal)
         return Choice(await self._routes.route(model, principal))
 
     async def _models(
@@ -192,14 +208,11 @@ class Lanes:
         own = self._routes.own(model, principal)
         if own is not None:
             found.append(Option(own, card, self._load_of(own)))
-        rule = self._routes.rule(model, principal)
-        hybrid = rule is not None and rule.lease_id is not None
-        lane = Lane.SPILL if hybrid else Lane.TOKENS
-        pool = self._routes.pool(model, principal, lane)
-        if isinstance(pool, Route) and may_use(principal, lane):
+        pool, hybrid = self._pool(model, principal), self._hybrid_rule(model, principal)
+        if isinstance(pool, Route):
             option = Option(pool, card, self._load_of(pool))
-            if rule is not None and hybrid:
-                cap, attrs = routing.spill_cap(rule), routing.spill_attrs(rule)
+            if hybrid is not None:
+                cap, attrs = routing.spill_cap(hybrid), routing.spill_attrs(hybrid)
                 option = replace(option, cap=cap, attrs=attrs)
             found.append(option)
         return found
@@ -218,15 +231,35 @@ class Lanes:
     def _load_of(self, route: Route) -> Load:
         return self._load(pool_of(route), route.places)
 
-    def _wake_if_cold(self, model: str, principal: Principal) -> None:
-        pool = self._routes.pool(model, principal, Lane.TOKENS)
-        if isinstance(pool, NotReady) and pool.wakes:
-            self._wake(model, principal, Lane.TOKENS)
+    def _hybrid_rule(self, model: str, principal: Principal) -> Rule | None:
+        rule = self._routes.rule(model, principal)
+        return rule if rule is not None and rule.lease_id is not None else None
 
-    def _wake(self, model: str, principal: Principal, lane: Lane) -> None:
-        """Start a cold pool though nobody waits for it."""
+    def _pool(self, model: str, principal: Principal) -> Route | NotReady | None:
+        """The pool, as far as this key may use it, beside a hybrid's lease for its spills.
+
+        A cold one is not there for who could buy nothing of it.
+        """
+        hybrid = self._hybrid_rule(model, principal)
+        lane = Lane.TOKENS if hybrid is None else Lane.SPILL
+        if not may_use(principal, lane):
+            return None
+        found = self._routes.pool(model, principal, lane)
+        if hybrid is not None:
+            cap = routing.spill_cap(hybrid)
+            is_spent = self._spent.get(cap, 0.0) > time.monotonic()
+            if cap.limit_pico == 0 or (is_spent and isinstance(found, NotReady)):
+                return None
+        return found
+
+    def _wake_if_cold(self, model: str, principal: Principal) -> None:
+        """Start a pool though nobody waits for it: those that come next can be served there."""
+        pool = self._pool(model, principal)
+        if not (isinstance(pool, NotReady) and pool.wakes):
+            return
         if model in self._waking or len(self._waking) >= WAKES_MAX:
             return
+        lane = Lane.TOKENS if self._hybrid_rule(model, principal) is None else Lane.SPILL
 
         async def wake() -> None:
             try:

@@ -17,6 +17,7 @@ from market.config import Config
 from market.errors import (
     EngineFailed,
     InsufficientBalance,
+    MarketError,
     NoCapacity,
     NotFound,
     PermissionDenied,
@@ -40,6 +41,8 @@ from serve_apps.tokenization import Prompter, Prompters
 logger = logging.getLogger(__name__)
 
 REFRESH_S = 0.5
+# A request that could be served by what is known waits so long for news.
+LOOK_S = 0.5
 ADDRESS_RETRY_S = 0.2
 ANOTHER_POLL_S = 0.1
 # Whoever waits for a model to start is bounded in number, by tenant too, and in time.
@@ -147,6 +150,12 @@ class LiveRoutes:
         if self._refreshing is None or self._refreshing.done():
             self._refreshing = asyncio.create_task(self._refresh())
         await asyncio.shield(self._refreshing)
+
+    async def look(self) -> None:
+        """See whether there is news, but not for long: the scheduler may be away."""
+        with contextlib.suppress(MarketError, TimeoutError):
+            async with asyncio.timeout(LOOK_S):
+                await self.refresh()
 
     async def _refresh(self) -> None:
         """Routes whose application Serve does not know are not ready."""
@@ -288,7 +297,8 @@ class LiveRoutes:
         """
         found = self._find(model, principal)
         if found is None or (isinstance(found, NotReady) and not found.wakes):
-            await self.refresh()  # it may have been deployed, or got ready, a moment ago
+            # It may have been deployed, or got ready, a moment ago.
+            await (self.refresh() if found is None else self.look())
             found = self._find(model, principal)
         if isinstance(found, NotReady) and found.wakes:
             found = await self.awake(model, principal)

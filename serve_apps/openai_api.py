@@ -27,6 +27,7 @@ from market.errors import (
     Overloaded,
     RateLimited,
     SlowDown,
+    SpillsSpent,
 )
 from market.metering import Admission, Ask
 from market.routing import Choice, Query
@@ -382,6 +383,13 @@ async def _tried(
         return await _generate(call, began_s, seen, turn)
     except ELSEWHERE as error:
         if choice.otherwise is None:
+            if isinstance(error, SpillsSpent):
+                raise NoCapacity(
+                    f"the lease of {choice.route.model} does not serve yet, and its spills have "
+                    "cost what they may today",
+                    code="model_loading",
+                    retry_after_s=5,
+                ) from error
             raise
         turn.again()
         first = error
@@ -402,7 +410,12 @@ async def _generate(call: Call, began_s: float, seen: Seen, turn: _Turn) -> Resp
     seen.operation, seen.model, seen.stream = call.operation, call.choice.route.model, call.stream
     seen.sampling, seen.answers = call.ask.sampling, call.ask.answers
     _check_logprobs(call)
-    admission = await services.inference.admit(caller, call.choice, call.ask)
+    try:
+        admission = await services.inference.admit(caller, call.choice, call.ask)
+    except SpillsSpent as error:
+        if call.choice.cap is not None and error.retry_after_s is None:
+            services.lanes.spent(call.choice.cap)
+        raise
     turn.admit(admission)
     seen.request_id, seen.admission = admission.request_id, admission
     services.metrics.admitted(time.perf_counter() - began_s)

@@ -422,6 +422,7 @@ class TestCaps:
             asked = ask("c", wanted_pico=9 * CHARGE, minimum_pico=2 * CHARGE)
             refused = await ledger.open_hold(asked)
             assert refused.status is HoldStatus.EXCEEDS_BUDGET
+            assert refused.allowance.subject == self.SPILLED.subject
             assert refused.allowance.resets_at == NOON.replace(hour=0) + DAY
             clock.advance(DAY.total_seconds())
             assert (await ledger.open_hold(asked)).hold.amount_pico == 3 * CHARGE

@@ -142,7 +142,7 @@ class TestHold:
 
     def test_budget_bounds_it_below_the_balance(self, books):
         with_balance(books, 1000)
-        allowance = Allowance(60, 80, Period.DAY, None)
+        allowance = Allowance(60, 80, Period.DAY, None, "key-1")
         assert books.open_hold(hold_request("a"), allowance).hold.amount_pico == 60
 
     @pytest.mark.parametrize(
@@ -154,12 +154,12 @@ class TestHold:
     )
     def test_budget_that_is_too_small_says_so(self, books, allowance, status):
         with_balance(books, 1000)
-        result = books.open_hold(hold_request(), Allowance(*allowance, Period.DAY, None))
+        result = books.open_hold(hold_request(), Allowance(*allowance, Period.DAY, None, "key-1"))
         assert (result.status, result.hold, result.available_pico) == (status, None, 40)
 
     def test_balance_below_the_budget_is_the_reason(self, books):
         with_balance(books, 20)
-        result = books.open_hold(hold_request(), Allowance(40, 40, Period.DAY, None))
+        result = books.open_hold(hold_request(), Allowance(40, 40, Period.DAY, None, "key-1"))
         assert result.status is HoldStatus.EXCEEDS_BALANCE
 
     def test_unknown_one_cannot_end(self, books):

@@ -8,7 +8,9 @@ from datetime import timedelta
 import httpx
 import pytest
 
+from market.accounts import HoldResult, HoldStatus
 from market.answers import DifferentBody
+from market.budgets import Allowance
 from market.config import Config
 from market.errors import Conflict, SlowDown
 from market.fakes import FakeClock, FakeEngine, FakeRoutes
@@ -102,6 +104,10 @@ class FakeLanes:
     def __init__(self, routes):
         self.routes = routes
         self.choice = None
+        self.caps = []
+
+    def spent(self, cap):
+        self.caps.append(cap)
 
     def names(self, principal):
         return []
@@ -267,7 +273,31 @@ class TestLanes:
         assert answer.headers["x-market-lane-reason"] == "ttft"
         record = await here.record()
         assert (record.lane, record.charge_pico > 0) == (Lane.SPILL, True)
-        assert ("spilled_from", "l-1") in record.attrs
+        assert record.attrs[:2] == (("spilled_from", "l-1"), ("lane_reason", "ttft"))
+
+    @pytest.mark.parametrize(
+        ("subject", "status", "code", "caps"),
+        [
+            (CAP.subject, 503, "model_loading", [CAP]),
+            ("key-acme", 402, "budget_exceeded", []),
+        ],
+    )
+    async def test_spent_budget_of_spills_waits_for_the_lease(self, subject, status, code, caps):
+        here = await gateway()
+        here.lanes.choice = Choice(SPILL, Reason.NOT_READY, cap=CAP)
+        bound = Allowance(0, 0, Period.DAY, None, subject)
+
+        async def refuse(_request):
+            return HoldResult(HoldStatus.EXCEEDS_BUDGET, None, 0, bound)
+
+        here.ledger.open_hold = refuse
+        answer = await here.http.post("/v1/chat/completions", json=CHAT)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+        assert ("retry-after" in answer.headers) == (status == 503)
+        assert here.lanes.caps == caps
+        here.lanes.choice = Choice(SPILL, Reason.TTFT, Choice(LEASED, Reason.OWN), cap=CAP)
+        answer = await here.http.post("/v1/chat/completions", json=CHAT)
+        assert (answer.status_code, answer.headers["x-market-lane"]) == (200, "lease")
 
     async def test_who_cannot_pay_for_the_pool_waits_for_the_lease(self):
         here = await gateway(balance="0")

@@ -1,13 +1,16 @@
 """Rules of tenants over what a gateway sees: where each request goes, and where else."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
 
+from market import routing
 from market.errors import InvalidRequest, NoCapacity, NotFound
 from market.pricing import make_rate_card
 from market.routing import Load, Query, Reason
 from market.types import Budget, KeyPolicy, Lane, LanePolicy, NotReady, Period, Rule
+from serve_apps import lanes
 from serve_apps.lanes import Lanes
 from tests.samples import ACME, CARD, NOON, ROUTE
 
@@ -52,6 +55,9 @@ class FakeLive:
     def pool(self, model, principal, lane):
         found = self.pools.get(model)
         return found if isinstance(found, NotReady | None) else replace(found, lane=lane)
+
+    async def look(self):
+        await self.refresh()
 
     async def refresh(self):
         self.known, self.leases = self.news if self.news else (self.known, self.leases)
@@ -163,6 +169,30 @@ class TestHybrid:
             await world.choose(principal=replace(ACME, policy=KeyPolicy(lanes=(Lane.LEASE,))))
         assert world.live.woken == []
 
+    async def test_without_a_budget_nothing_spills_nor_wakes(self):
+        never = replace(HYBRID, policy=replace(HYBRID.policy, spill_pico=0))
+        choice = await World(never, leases=[own()], pools=[pool()], lease_1=FULL).choose()
+        assert (choice.route.lane, choice.otherwise) == (Lane.LEASE, None)
+        for more in ({}, {"leases": [own()]}):
+            world = World(never, pools=[COLD], lease_1=FULL, **more)
+            with contextlib.suppress(NoCapacity):
+                await world.choose()
+            assert (world.live.woken, world.lanes._waking) == ([], {})
+        with pytest.raises(NoCapacity):
+            await World(never, pools=[pool()]).choose()
+
+    async def test_pool_is_not_started_for_spills_whose_budget_is_spent(self, monkeypatch):
+        cold, warm = World(HYBRID, pools=[COLD]), World(HYBRID, pools=[pool()])
+        for world in (cold, warm):
+            world.lanes.spent(routing.spill_cap(HYBRID))
+        with pytest.raises(NoCapacity):
+            await cold.choose()
+        assert cold.live.woken == []
+        assert (await warm.choose()).route.lane is Lane.SPILL  # a small one may yet fit
+        monkeypatch.setattr(lanes, "SPENT_S", -1.0)
+        cold.lanes.spent(routing.spill_cap(HYBRID))
+        assert (await cold.choose()).route.lane is Lane.SPILL
+
     async def test_says_so_if_nothing_serves(self):
         with pytest.raises(NoCapacity):
             await World(HYBRID).choose()
@@ -269,8 +299,16 @@ class TestAuto:
 
     async def test_failure_of_one_is_served_by_the_other(self):
         world = self.world()
-        assert (await world.choose("smart", text="0.1")).otherwise.route.model == BIG
-        assert (await world.choose("smart", text="0.9")).otherwise.route.model == SMALL
+        easy, hard = [(await world.choose("smart", text=t)).otherwise for t in ("0.1", "0.9")]
+        assert (easy.route.model, hard.route.model) == (BIG, SMALL)
+        assert (easy.not_taken, hard.not_taken) == (CARD, CARDS[BIG])
+        assert easy.attrs == hard.attrs == (("auto", "smart"),)
+
+    async def test_pool_of_a_hybrid_that_never_spills_is_not_woken_for_the_cheap_model(self):
+        never = replace(HYBRID, policy=replace(HYBRID.policy, spill_pico=0))
+        world = World(AUTO, never, pools=[COLD, pool(BIG)])
+        assert (await world.choose("smart", text="0.1")).route.model == BIG
+        assert world.lanes._waking == {}
 
     async def test_name_that_is_known_since_a_moment(self):
         world = World(pools=[pool(SMALL), pool(BIG)])

@@ -8,7 +8,9 @@ import pytest
 from ray.serve.exceptions import RayServeException
 
 from market.config import Config
+from market.errors import NoCapacity, Overloaded
 from market.types import Lane, NotReady, RouteTable
+from serve_apps import live
 from serve_apps.frames import State
 from serve_apps.link import Address, LinkServer
 from serve_apps.live import LiveRoutes
@@ -97,6 +99,25 @@ async def test_request_goes_as_soon_as_the_process_is_awake(here):
     here.server.tell(State(True, 0))  # and nobody refreshes any more
     assert await asyncio.wait_for(asking, 5) == ROUTE
     assert here.cold() == {}
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+async def test_scheduler_that_is_away_holds_nobody_up_who_can_be_told(here, monkeypatch, hangs):
+    """A hybrid spills by what is known; who can only wait for its lease comes again."""
+
+    async def away():
+        if hangs:
+            await asyncio.Event().wait()
+        raise Overloaded("the scheduler does not answer", retry_after_s=5)
+
+    leased = NotReady(ROUTE.model, "lease-1", "acme", "starting")
+    await told(here, starting=(COLD, leased))
+    monkeypatch.setattr(live, "LOOK_S", 0.05)
+    monkeypatch.setattr(here, "_exchange", away)
+    await asyncio.wait_for(here.look(), 5)
+    with pytest.raises(NoCapacity) as caught:
+        await asyncio.wait_for(here.route(ROUTE.model, ACME), 5)
+    assert (caught.value.code, caught.value.retry_after_s) == ("model_loading", 5)
 
 
 async def test_next_table_that_does_not_know_it_yet_takes_it_not_away(here):

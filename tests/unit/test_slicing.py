@@ -5,10 +5,13 @@ import asyncio
 import pytest
 
 from market import pricing
-from market.accounts import HoldStatus
-from market.errors import InsufficientBalance, Overloaded
+from market.accounts import HoldResult, HoldStatus
+from market.budgets import Allowance
+from market.errors import InsufficientBalance, Overloaded, SpillsSpent
 from market.fakes import FakeEngine
 from market.slices import IDLE_S, MAX_AGE_S, Need, PurseKey
+from market.slicing import refusal
+from market.types import Budget, Period
 from tests.gateways import Gateway, gateway, prepared
 from tests.samples import CARD
 
@@ -82,6 +85,23 @@ class TestReserve:
         refused = [r for r in found if isinstance(r, InsufficientBalance)]
         assert (len(found), len(refused)) == (5, 2)
         assert {r.code for r in refused} == {"in_flight_budget_exhausted"}
+
+    @pytest.mark.parametrize(
+        ("subject", "left", "kind"),
+        [
+            ("spill:lease-1", 5, SpillsSpent),
+            ("spill:lease-1", 7, InsufficientBalance),  # the balance has less
+            ("key-1", 5, InsufficientBalance),
+        ],
+    )
+    @pytest.mark.parametrize(
+        "status", [HoldStatus.EXCEEDS_BUDGET, HoldStatus.EXCEEDS_UNTIL_OTHERS_END]
+    )
+    def test_refusal_says_whether_it_is_for_its_own_cap(self, status, subject, left, kind):
+        key = KEY._replace(cap=Budget("spill:lease-1", Period.DAY, 9))
+        bound = Allowance(left, left, Period.DAY, None, subject)
+        error = refusal(HoldResult(status, None, 5, bound), key, Need(10, 5, 5), CARD)
+        assert type(error) is kind
 
     async def test_ledger_that_is_away_is_said_to_all_who_wait(self, here):
         async def away(_ask):
