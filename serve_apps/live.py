@@ -43,6 +43,10 @@ logger = logging.getLogger(__name__)
 REFRESH_S = 0.5
 # A request that could be served by what is known waits so long for news.
 LOOK_S = 0.5
+# A table waits so long for replicas that are new in it, less than until the scheduler misses us.
+FIND_S = 2.0
+# Threads that may wait for Serve's controller: tokenizers need some, too.
+ASKING_MAX = 2
 ADDRESS_RETRY_S = 0.2
 ANOTHER_POLL_S = 0.1
 # Whoever waits for a model to start is bounded in number, by tenant too, and in time.
@@ -114,6 +118,7 @@ class LiveRoutes:
         self._engines: dict[str, Link] = {}
         self._serving: set[str] = set()
         self._looking: set[str] = set()
+        self._asking = asyncio.Semaphore(ASKING_MAX)
         self._leaving: list[tuple[str, Link]] = []
         self._prompters = Prompters(config.models_dir)
         self._background: set[asyncio.Task[None]] = set()
@@ -158,18 +163,15 @@ class LiveRoutes:
                 await self.refresh()
 
     async def _refresh(self) -> None:
-        """Routes whose application Serve does not know are not ready."""
+        """Routes whose application Serve does not know, or not yet, are not ready."""
         table = await self._exchange()
         serving = {route.app_name for route in table.ready}
-        for app in serving - self._engines.keys():
-            try:
-                await self._find_replica(app)
-            except RayServeException:
-                logger.info("application %s is not there yet", app)
         ahead = {*(route.app_name for route in table.early), *table.standby} - serving
-        for app in ahead - self._engines.keys() - self._looking:
-            self._looking.add(app)
-            self._spawn(self._look_ahead(app))
+        new = (serving | ahead) - self._engines.keys() - self._looking
+        self._looking |= new
+        looks = {app: self._spawn(self._find_replica(app)) for app in new}
+        if wanted := [looks[app] for app in serving & new]:
+            await asyncio.wait(wanted, timeout=FIND_S)
         engines = {app: link for app, link in self._engines.items() if app in serving | ahead}
         for app in ahead & self._serving:  # it was withdrawn: what it said before counts no more
             if app in engines:
@@ -200,17 +202,14 @@ class LiveRoutes:
         self._tell_waiters()
 
     async def _find_replica(self, app: str) -> None:
-        """Raises RayServeException if Serve does not know the application."""
-        handle = await asyncio.to_thread(self._handle_of, app)  # asks Serve's controller
-        if app not in self._engines:
-            self._engines[app] = replica_link(handle, self._awoken)
-
-    async def _look_ahead(self, app: str) -> None:
-        """For who may serve soon: nobody waits for it."""
+        """Ask Serve's controller, which may be slow or away: nobody waits for it long."""
         try:
-            await self._find_replica(app)
-        except RayServeException:
-            logger.info("application %s is not there yet", app)
+            async with self._asking:
+                handle = await asyncio.to_thread(self._handle_of, app)
+        except (RayError, RayServeException) as error:
+            logger.info("application %s is not there yet: %s", app, type(error).__name__)
+        else:
+            self._engines[app] = replica_link(handle, self._awoken)
         finally:
             self._looking.discard(app)
 
@@ -475,10 +474,11 @@ class LiveRoutes:
         finally:
             self._leaving.remove((app, link))
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        return task
 
     def _find(self, model: str, principal: Principal) -> Route | NotReady | None:
         """The least busy replica that this key may use; why there is none; None if unknown.

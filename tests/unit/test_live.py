@@ -1,6 +1,7 @@
 """Routes of replicas that start: used as soon as the replica itself says that it is awake."""
 
 import asyncio
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -167,6 +168,30 @@ async def test_spare_process_that_is_awake_for_nobody_is_no_route(here):
     await told(here, standby=(ROUTE.app_name,))
     await until(lambda: link_of(here).awake)
     assert here.pool(ROUTE.model, ACME, Lane.TOKENS) == COLD
+
+
+async def test_controller_that_does_not_answer_holds_no_table_up(here, monkeypatch):
+    """It is asked once for each replica; what is known serves, and the scheduler hears of us."""
+    monkeypatch.setattr(live, "FIND_S", 0.05)
+    await told(here, starting=(), ready=(ROUTE,))
+    answers, asked, handle_of = threading.Event(), [], here._handle_of
+
+    def slow(app):
+        asked.append(app)
+        answers.wait(10)
+        return handle_of(ROUTE.app_name)
+
+    monkeypatch.setattr(here, "_handle_of", slow)
+    another = replace(ROUTE, model="another", app_name="another")
+    for _ in range(3):
+        await asyncio.wait_for(told(here, ready=(ROUTE, another)), 5)
+    assert asked == ["another"]
+    assert here.pool(ROUTE.model, ACME, Lane.TOKENS) == ROUTE
+    assert here.pool("another", ACME, Lane.TOKENS).reason == "starting"
+    answers.set()
+    await until(lambda: "another" in here._engines)
+    await here.refresh()
+    assert here.pool("another", ACME, Lane.TOKENS) == another
 
 
 async def test_application_that_is_not_there_yet_is_no_route(here):
