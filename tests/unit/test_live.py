@@ -197,3 +197,56 @@ async def test_controller_that_does_not_answer_holds_no_table_up(here, monkeypat
 async def test_application_that_is_not_there_yet_is_no_route(here):
     await told(here, starting=(STARTING,), early=(replace(ROUTE, app_name="model-none"),))
     assert here.pool(ROUTE.model, ACME, Lane.TOKENS) == STARTING
+
+
+class TestColdQueue:
+    """Who waits for a model to start: so many, so long, and no trace of those that left."""
+
+    @pytest.fixture
+    async def full(self, here):
+        """A model that as many tenants wait for as may."""
+        asking = self.ask(here, *(f"tenant-{n}" for n in range(live.COLD_MAX)))
+        await until(lambda: here.cold() == {ROUTE.model: live.COLD_MAX})
+        yield asking
+        for task in asking:
+            task.cancel()
+
+    def ask(self, here, *tenants):
+        callers = [replace(ACME, subject_id=tenant) for tenant in tenants]
+        return [asyncio.create_task(here.awake(ROUTE.model, caller)) for caller in callers]
+
+    async def test_one_more_than_a_model_has_room_for_comes_again(self, here, full):
+        with pytest.raises(NoCapacity, match="256 request") as caught:
+            await here.awake(ROUTE.model, ACME)
+        told = caught.value.code, caught.value.retry_after_s
+        assert told == ("model_loading", live.COLD_RETRY_S)
+        assert not any(task.done() for task in full)
+
+    async def test_room_is_there_again_when_somebody_hangs_up(self, here, full):
+        full[0].cancel()
+        await until(full[0].done)
+        (late,) = self.ask(here, "late")
+        await until(lambda: here.cold() == {ROUTE.model: live.COLD_MAX})
+        for task in (late, *full):
+            task.cancel()
+        await asyncio.gather(late, *full, return_exceptions=True)
+        assert here.cold() == {}
+
+    async def test_one_tenant_leaves_room_for_others(self, here):
+        many = self.ask(here, *["acme"] * (live.COLD_MAX_PER_TENANT + 1))
+        await until(lambda: many[-1].done())
+        assert isinstance(many[-1].exception(), NoCapacity)
+        assert many[-1].exception().retry_after_s == live.COLD_RETRY_S
+        assert here.cold() == {ROUTE.model: live.COLD_MAX_PER_TENANT}
+        (other,) = self.ask(here, "other")
+        await until(lambda: here.cold() == {ROUTE.model: live.COLD_MAX_PER_TENANT + 1})
+        await told(here, starting=(), ready=(ROUTE,))
+        assert await asyncio.gather(*many[:-1], other) == [ROUTE] * len(many)
+        assert here.cold() == {}
+
+    async def test_who_waited_long_enough_comes_again(self, here, monkeypatch):
+        monkeypatch.setattr(live, "COLD_WAIT_S", 0.02)
+        with pytest.raises(NoCapacity, match="did not start within") as caught:
+            await asyncio.wait_for(here.awake(ROUTE.model, ACME), 5)
+        assert caught.value.retry_after_s == live.COLD_RETRY_S
+        assert here.cold() == {}
