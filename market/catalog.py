@@ -1,6 +1,11 @@
-"""The catalog: models that can be served, what they need and what they cost by default."""
+"""The catalog: models that can be served, what they need and what they cost by default.
+
+Shipped ones are in a file beside this one. Others an operator adds: they are state of the market,
+which the scheduler keeps, so whoever knows them passes them in.
+"""
 
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -19,10 +24,12 @@ CPU_PARAMETERS_MAX = 700_000_000
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A catalog entry. ``source`` is ``local`` (made by our script) or a hub repository.
+    """A catalog entry. ``source`` is ``local`` (made by our script) or as cluster/sources.py reads.
 
     Prices are per million tokens, as decimal strings. A model that ``embeds`` makes vectors, not
-    answers. Parsers are vLLM's, by name: how the model writes tool calls and reasoning.
+    answers. Parsers are vLLM's, by name: how the model writes tool calls and reasoning. One that
+    was added and ``forgotten`` is sold no more, but its name stays its source's: nodes and gateways
+    may have files of that name.
     """
 
     name: str
@@ -40,6 +47,7 @@ class Model:
     embeds: bool = False
     tool_parser: str = "hermes"
     reasoning_parser: str = ""
+    forgotten: bool = False
 
     @property
     def served_context_tokens(self) -> int:
@@ -72,22 +80,32 @@ class Model:
         return pricing.make_rate_card(self.name, prices, valid_from, CURRENCY)
 
 
+def models(added: Iterable[Model] = ()) -> tuple[Model, ...]:
+    """The shipped models (smallest first), then those added.
+
+    A name that was added before it was shipped stays what it was: its files are on disks.
+    """
+    own = tuple(model for model in added if not model.forgotten)
+    names = {model.name for model in own}
+    return (*(model for model in _shipped() if model.name not in names), *own)
+
+
 @cache
-def models() -> tuple[Model, ...]:
-    """All models, in the order of the file (smallest first)."""
+def _shipped() -> tuple[Model, ...]:
     with (Path(__file__).parent / "catalog.toml").open("rb") as file:
         entries = tomllib.load(file)
     return tuple(Model(name=name, **facts) for name, facts in entries["models"].items())
 
 
-def find(name: str) -> Model:
-    """The entry called ``name``. Raises NotFound with close names."""
-    for model in models():
+def find(name: str, added: Iterable[Model] = ()) -> Model:
+    """The entry called ``name``, shipped or ``added``. Raises NotFound with close names."""
+    known = models(added)
+    for model in known:
         if model.name == name:
             return model
     import difflib
 
-    names = [model.name for model in models()]
+    names = [model.name for model in known]
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     raise NotFound(
@@ -98,5 +116,5 @@ def find(name: str) -> Model:
 
 
 def default_rate_cards() -> list[RateCard]:
-    """Default prices of the whole catalog, valid since the catalog's date."""
+    """Default prices of all shipped models, valid since the catalog's date."""
     return [model.rate_card(datetime(2026, 1, 1, tzinfo=UTC)) for model in models()]

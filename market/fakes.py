@@ -374,7 +374,7 @@ class FakeCluster:
         }
         return ClusterView(frozenset(self.nodes), seen)
 
-    def start(self, replica: Replica, deployment: Deployment, offer: Offer) -> None:
+    def start(self, replica: Replica, deployment: Deployment, model: Model, offer: Offer) -> None:
         """Begin to run it."""
         if deployment.model in self.broken:
             raise RuntimeError("cannot start this one")

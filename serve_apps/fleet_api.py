@@ -132,7 +132,7 @@ async def deploy(body: NewDeployment, services: With, caller: Caller) -> dict[st
 @router.post("/quotes")
 async def quote(body: NewOrder, services: With, caller: Caller) -> dict[str, Any]:
     """What an order would get right now: place, price, what would be held; or why not."""
-    order = _order(body, services, caller)
+    order = await _order(body, services, caller)
     return quote_row(order, await services.scheduler.quote(order))
 
 
@@ -229,7 +229,7 @@ async def release(lease_id: Name, services: With, caller: Caller) -> dict[str, A
 async def _lease(
     body: NewDeployment, policy: LanePolicy | None, services: Services, caller: Principal
 ) -> dict[str, Any]:
-    order = replace(_order(body, services, caller), policy=policy)
+    order = replace(await _order(body, services, caller), policy=policy)
     if policy is not None:
         require_lane(caller, Lane.SPILL)
     if body.dry_run:
@@ -246,10 +246,11 @@ async def _lease(
     return {"model": body.model, "mode": body.mode, **waiting, **answer}
 
 
-def _order(body: NewOrder, services: Services, caller: Principal) -> Order:
+async def _order(body: NewOrder, services: Services, caller: Principal) -> Order:
     tenant_id = _for_tenant(body, caller)
     _require_leasing(caller, body.model)
-    return order_of(body, tenant_id, caller.api_key_id, services.clock.now())
+    model = await services.scheduler.model(body.model)
+    return order_of(body, model, tenant_id, caller.api_key_id, services.clock.now())
 
 
 def _for_tenant(body: NewOrder, caller: Principal) -> str:

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from market import catalog, pricing, when
+from market import pricing, when
+from market.catalog import Model
 from market.errors import InvalidRequest
 from market.types import (
     CURRENCY,
@@ -188,10 +189,9 @@ def limit_of(text: str | None, what: str) -> int | None:
     return pico
 
 
-def order_of(body: NewOrder, tenant_id: str, api_key_id: str, now: datetime) -> Order:
+def order_of(body: NewOrder, model: Model, tenant_id: str, api_key_id: str, now: datetime) -> Order:
     """The order that a tenant's key or the operator gives for it. Raises InvalidRequest."""
     count, milli = parse_gpus(body.gpus)
-    model = catalog.find(body.model)
     small = model.runs_on_cpu or model.embeds
     return Order(
         order_id=body.order_id,

@@ -138,6 +138,7 @@ class Gateway:
         self._queues.take_shares(orders.pools.items())
         self._limits.share(orders.key_gateways)
         self._slices.recall(orders.recalls)
+        self._routes.know(orders.models)
         self._metrics.pools(self._queues.waiting())
         self._metrics.granted(self._slices.take_grants_asked())
         return orders.routes

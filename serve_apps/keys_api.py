@@ -7,7 +7,7 @@ import msgspec
 from fastapi import APIRouter
 from pydantic import Field
 
-from market import catalog, when
+from market import when
 from market.errors import InvalidRequest, PermissionDenied
 from market.keys import hash_key, key_id, new_key
 from market.types import KeyPolicy, Lane, Period, Principal, Role
@@ -68,7 +68,7 @@ async def create_key(body: NewKey, services: With, caller: Caller) -> dict[str, 
     if body.budgets and role is not Role.TENANT:
         raise InvalidRequest("budgets: only tenants spend money", param="budgets")
     secret = new_key()
-    policy = _policy(body, KeyPolicy(), services)
+    policy = await _policy(body, KeyPolicy(), services)
     principal = Principal(key_id(secret), role, subject_id, policy)
     limits = parse_budgets(body.budgets or {})
     await services.ledger.add_key(principal, hash_key(secret))
@@ -96,7 +96,7 @@ async def change_key(
     key = await services.ledger.key(api_key_id)
     if body.budgets and key.role is not Role.TENANT:
         raise InvalidRequest("budgets: only tenants spend money", param="budgets")
-    policy = _policy(body, key.policy, services)
+    policy = await _policy(body, key.policy, services)
     limits = parse_budgets(body.budgets or {})
     await services.ledger.set_policy(api_key_id, policy)
     if limits:
@@ -139,12 +139,12 @@ async def revoke_key(api_key_id: Name, services: With, caller: Caller) -> dict[s
     return {"api_key_id": api_key_id, "state": "revoked"}
 
 
-def _policy(body: Policy, known: KeyPolicy, services: Services) -> KeyPolicy:
+async def _policy(body: Policy, known: KeyPolicy, services: Services) -> KeyPolicy:
     given = body.model_fields_set
     changes: dict[str, Any] = {name: getattr(body, name) for name in given & set(LIMITS)}
     if "models" in given:
         for model in body.models or ():
-            catalog.find(model)
+            await services.scheduler.model(model)
         changes["models"] = None if body.models is None else tuple(body.models)
     if "lanes" in given:
         changes["lanes"] = None if body.lanes is None else tuple(body.lanes)

@@ -10,7 +10,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 
-from market import catalog, routing
+from market import routing
 from market.errors import InvalidRequest, MarketError, NotFound
 from market.inference import pool_of
 from market.routing import Choice, Difficulties, Load, Option, Query, Reason
@@ -188,7 +188,7 @@ class Lanes:
         if pin:
             return (policy.cheap if pin == "cheap" else policy.strong,), Reason.PINNED
         query = ask()
-        forced = routing.needs_strong(query, catalog.find(policy.cheap).served_context_tokens)
+        forced = routing.needs_strong(query, self._routes.model(policy.cheap).served_context_tokens)
         if forced is not None:
             return (policy.strong,), forced
         score = self._scorer.score(query.text)

@@ -12,7 +12,9 @@ from typing import Any, Protocol
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
+from market import catalog
 from market.accounts import Account
+from market.catalog import Model
 from market.config import Config
 from market.errors import (
     EngineFailed,
@@ -120,13 +122,22 @@ class LiveRoutes:
         self._looking: set[str] = set()
         self._asking = asyncio.Semaphore(ASKING_MAX)
         self._leaving: list[tuple[str, Link]] = []
-        self._prompters = Prompters(config.models_dir)
+        self._added: tuple[Model, ...] = ()
+        self._prompters = Prompters(config.models_dir, self.model)
         self._background: set[asyncio.Task[None]] = set()
         self._refreshing: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._cold: Counter[tuple[str, str]] = Counter()
         self._cold_now = asyncio.Event()
         self._wanted_back: dict[str, float] = {}
+
+    def know(self, added: tuple[Model, ...]) -> None:
+        """Take over what an operator added to the catalog."""
+        self._added = added
+
+    def model(self, name: str) -> Model:
+        """An entry of the catalog, as the scheduler said it last. Raises NotFound."""
+        return catalog.find(name, self._added)
 
     def cold(self) -> dict[str, int]:
         """Requests that wait for a model to start, by model."""

@@ -1,4 +1,4 @@
-"""``/market/v1``: models, prices, tenants' money. Operators see all, tenants themselves."""
+"""``/market/v1``: prices, tenants' money. Operators see all, tenants themselves."""
 
 import uuid
 from collections.abc import Mapping
@@ -8,10 +8,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter
 from pydantic import Field
 
-from market import accounts, catalog, pricing, when
+from market import accounts, pricing, when
 from market.accounts import Account, Transfer, TransferKind, tenant_account
 from market.errors import InvalidRequest
-from market.scheduler.service import deployment_state
 from market.types import CURRENCY, Lane, Pack, PackLeft, Period
 from serve_apps.auth import require_lane, require_model, require_operator, require_tenant
 from serve_apps.http import Caller, Count, Name, Strict, With, Words
@@ -74,37 +73,11 @@ class NewPrice(Strict):
     valid_from: Name | None = None
 
 
-@router.get("/models")
-async def models(services: With, _caller: Caller) -> list[dict[str, Any]]:
-    """The catalog with prices in force and whether a model is deployed."""
-    cards = {card.model: card for card in await services.ledger.rate_cards()}
-    states = {
-        deployment.model: str(deployment_state(deployment, replicas)[0])
-        for deployment, replicas in await services.scheduler.deployments()
-        if deployment.tenant_id is None
-    }
-    return [
-        {
-            "model": model.name,
-            "source": model.source,
-            "licence": model.licence,
-            "parameters": model.parameters,
-            "weights_bytes": model.weights_bytes,
-            "memory_mib": model.memory_mib,
-            "context_tokens": model.context_tokens,
-            "runs_on_cpu": model.runs_on_cpu,
-            "state": states.get(model.name, "not deployed"),
-            **_prices(cards.get(model.name)),
-        }
-        for model in catalog.models()
-    ]
-
-
 @router.get("/prices")
 async def prices(services: With, _caller: Caller) -> list[dict[str, Any]]:
     """Rate cards in force, per million tokens."""
     return [
-        {"model": card.model, "price_id": card.price_id, **_prices(card)}
+        {"model": card.model, "price_id": card.price_id, **price_row(card)}
         for card in await services.ledger.rate_cards()
     ]
 
@@ -128,7 +101,7 @@ async def create_provider(body: NewProvider, services: With, caller: Caller) -> 
 async def set_price(body: NewPrice, services: With, caller: Caller) -> dict[str, Any]:
     """A new price: requests admitted from then on have it, those before keep theirs."""
     require_operator(caller)
-    catalog.find(body.model)
+    await services.scheduler.model(body.model)
     now = services.clock.now()
     prices = (
         pricing.parse_price(body.input_price, "input_price"),
@@ -143,7 +116,7 @@ async def set_price(body: NewPrice, services: With, caller: Caller) -> dict[str,
     return {
         "model": card.model,
         "price_id": card.price_id,
-        **_prices(card),
+        **price_row(card),
         "valid_from": card.valid_from.isoformat(),
     }
 
@@ -206,7 +179,7 @@ async def buy_tokens(
     require_lane(caller, Lane.TOKENS)
     if body.discount_percent:
         require_operator(caller)
-    catalog.find(body.model)
+    await services.scheduler.model(body.model)
     card = await services.ledger.rate_card(body.model)
     if card is None:
         raise InvalidRequest(f"model {body.model} has no price", param="model")
@@ -277,7 +250,7 @@ def _pack(left: PackLeft) -> dict[str, Any]:
         "tokens": left.pack.tokens,
         "tokens_left": left.available_pico // left.card.output_pico,
         "price_id": left.card.price_id,
-        **_prices(left.card),
+        **price_row(left.card),
         "expires_at": left.pack.expires_at.isoformat(),
     }
 
@@ -292,7 +265,8 @@ def _tenant(tenant_id: str, account: Account) -> dict[str, str]:
     }
 
 
-def _prices(card: Any) -> dict[str, str | None]:
+def price_row(card: Any) -> dict[str, str | None]:
+    """A rate card's prices as JSON, per million tokens; null for none."""
     if card is None:
         return {"input_price": None, "cached_input_price": None, "output_price": None}
     return {

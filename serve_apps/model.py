@@ -25,7 +25,7 @@ import msgspec
 import ray
 from ray import serve
 
-from market.catalog import Model, find
+from market.catalog import Model
 from market.cluster.agent import REPLICA_VARIABLE
 from market.cluster.engines import sleeps
 from market.cluster.models import fetch
@@ -78,13 +78,13 @@ WARM_UP = (1, 2, 3, 4)  # tokens that every vocabulary has
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSettings:
-    """What a replica must know: whose it is, the model's files on its node, its place.
+    """What a replica must know: which it is, its model and that one's files on its node, its place.
 
     One that is ``asleep`` has its weights in the host's memory and nothing on its GPUs.
     """
 
     replica_id: str
-    model: str
+    model: Model
     models_dir: str
     place: Place
     logical: bool
@@ -149,18 +149,17 @@ class ModelReplica:
             logger.warning("not loaded before Serve asked: %s", error)
 
     async def _load(self, settings: ReplicaSettings) -> LoadedEngine:
-        entry = find(settings.model)
-        models_dir = Path(settings.models_dir)
-        folder = await asyncio.to_thread(fetch, entry, models_dir, weights=True)
+        model, models_dir = settings.model, Path(settings.models_dir)
+        folder = await asyncio.to_thread(fetch, model, models_dir, weights=True)
         engine = EngineSettings(
             folder,
-            entry.served_context_tokens,
+            model.served_context_tokens,
             settings.gpu_fraction,
             sequences_max=settings.sequences + spare(settings.sequences),
             tensor_parallel=max(1, len(settings.place.gpu_indices)),
-            tool_parser=entry.tool_parser,
-            reasoning_parser=entry.reasoning_parser,
-            embeds=entry.embeds,
+            tool_parser=model.tool_parser,
+            reasoning_parser=model.reasoning_parser,
+            embeds=model.embeds,
         )
         # A spare process did not know its GPUs when it started.
         os.environ.update(visible_gpus(settings.place, settings.logical))
@@ -197,7 +196,7 @@ class ModelReplica:
         if self._link.streams:
             return
         assert self._settings is not None
-        embeds = find(self._settings.model).embeds
+        embeds = self._settings.model.embeds
         request = EngineRequest("warm-up", WARM_UP, Sampling(1), "warm-up", embeds=embeds)
         try:
             async with aclosing(engine.generate(request)) as chunks:
@@ -310,7 +309,7 @@ def settings_of(
     place = replica.place
     settings = ReplicaSettings(
         replica.replica_id,
-        model.name,
+        model,
         str(models_dir),
         place,
         offer.logical or not place.gpu_indices,

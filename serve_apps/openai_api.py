@@ -14,7 +14,7 @@ import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from market import catalog, pricing
+from market import pricing
 from market.accounts import MARKET_PROVIDER
 from market.errors import (
     ContextTooLong,
@@ -99,7 +99,7 @@ async def list_models(services: With, caller: Caller) -> dict[str, Any]:
     """Models that can be asked right now, those that a request would start among them."""
     ready = services.routes.ready(caller)
     models = [_model_object(r.model, r.max_context_tokens, r.provider_id) for r in ready]
-    models += [_cold_model_object(model) for model in services.routes.waking(caller)]
+    models += [_cold_model_object(model, services) for model in services.routes.waking(caller)]
     models += [_model_object(name, 0, caller.subject_id) for name in services.lanes.names(caller)]
     return {"object": "list", "data": sorted(models, key=lambda model: str(model["id"]))}
 
@@ -109,7 +109,7 @@ async def get_model(model: str, services: With, caller: Caller) -> dict[str, Any
     """One model."""
     require_model(caller, model)
     if model in services.routes.waking(caller):
-        return _cold_model_object(model)  # looking must not start it
+        return _cold_model_object(model, services)  # looking must not start it
     if model in services.lanes.names(caller):
         return _model_object(model, 0, caller.subject_id)
     route = await services.routes.route(model, caller)
@@ -526,6 +526,7 @@ def _model_object(model: str, context_tokens: int, owner: str) -> dict[str, Any]
     }
 
 
-def _cold_model_object(model: str) -> dict[str, Any]:
+def _cold_model_object(model: str, services: Services) -> dict[str, Any]:
     """One that runs nowhere yet belongs to the market."""
-    return _model_object(model, catalog.find(model).served_context_tokens, MARKET_PROVIDER)
+    context_tokens = services.routes.model(model).served_context_tokens
+    return _model_object(model, context_tokens, MARKET_PROVIDER)

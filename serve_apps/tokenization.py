@@ -3,11 +3,11 @@
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from market.catalog import find
+from market.catalog import Model
 from market.cluster.models import fetch
 from market.errors import InvalidRequest, MarketError, MarketFault
 from serve_apps.wire import ChatBody
@@ -125,8 +125,9 @@ def load_prompter(folder: str) -> Prompter:
 class Prompters:
     """Those of all models that are asked here, each loaded once."""
 
-    def __init__(self, models_dir: Path) -> None:
+    def __init__(self, models_dir: Path, find: Callable[[str], Model]) -> None:
         self._models_dir = models_dir
+        self._find = find
         self._prompters: dict[str, Prompter] = {}
         self._ahead: dict[str, asyncio.Task[None]] = {}
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -158,5 +159,5 @@ class Prompters:
             del self._ahead[model]
 
     def _load(self, model: str) -> Prompter:
-        folder = fetch(find(model), self._models_dir, weights=False)
+        folder = fetch(self._find(model), self._models_dir, weights=False)
         return load_prompter(str(folder))

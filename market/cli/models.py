@@ -10,6 +10,10 @@ from market.cli.output import Output, OutputOption, show
 
 app = typer.Typer(help="The catalog of models, and their files.", no_args_is_help=True)
 
+CATALOG = (
+    *("model", "source", "licence", "parameters", "weights_gib", "memory_gib"),
+    *("context_tokens", "input_price", "cached_input_price", "output_price", "state"),
+)
 STORED = ("node", "model", "state", "gib", "in_memory", "used", "pinned", "in_use", "message")
 POLL_S = 0.3
 AGAIN_MAX = 20
@@ -41,15 +45,66 @@ def list_models(
         return
     rows = request("GET", "/models")
     if output is Output.TABLE:
-        for row in rows:
-            row["parameters"] = _billions(row["parameters"])
-            row["weights_gib"] = f"{row['weights_bytes'] / 2**30:.2f}"
-            row["memory_gib"] = f"{row['memory_mib'] / 1024:.1f}"
-    columns = (
-        *("model", "source", "licence", "parameters", "weights_gib", "memory_gib"),
-        *("context_tokens", "input_price", "cached_input_price", "output_price", "state"),
-    )
-    show(output, rows, columns)
+        rows = [_catalog_row(row) for row in rows]
+    show(output, rows, CATALOG)
+
+
+@app.command(
+    "add",
+    epilog="Example: market models add ours --source s3://bucket/ours --input-price 0.10 "
+    "--output-price 0.40",
+)
+def add(  # noqa: PLR0913  # one argument per option
+    name: Annotated[str, typer.Argument(help="What it will be called.")],
+    source: Annotated[
+        str,
+        typer.Option(
+            help="OWNER/NAME[@REVISION] of the Hugging Face hub, modelscope://OWNER/NAME, "
+            "https://HOST/FOLDER, s3://BUCKET/FOLDER, or an absolute path."
+        ),
+    ],
+    input_price: Annotated[str, typer.Option(help="Per million input tokens.")],
+    output_price: Annotated[str, typer.Option(help="Per million output tokens.")],
+    cached_input_price: Annotated[
+        str | None, typer.Option(help="Per million cached input tokens; default: as input.")
+    ] = None,
+    licence: Annotated[str | None, typer.Option(help="As it is to be shown.")] = None,
+    tool_parser: Annotated[
+        str | None, typer.Option(help="vLLM's, by name: how it calls tools; default: hermes.")
+    ] = None,
+    reasoning_parser: Annotated[
+        str | None, typer.Option(help="vLLM's, by name: how it shows its reasoning; default: none.")
+    ] = None,
+    parameters: Annotated[
+        int | None, typer.Option(help="How many; only for quantized ones.", min=1)
+    ] = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Add a model to the catalog. What it needs is read from its files; none are pulled yet."""
+    from market.cli.api import request
+
+    asked = {
+        "name": name,
+        "source": source,
+        "input_price": input_price,
+        "output_price": output_price,
+        "cached_input_price": cached_input_price,
+        "licence": licence,
+        "tool_parser": tool_parser,
+        "reasoning_parser": reasoning_parser,
+        "parameters": parameters,
+    }
+    body = {field: value for field, value in asked.items() if value is not None}
+    row = request("POST", "/models", json=body)
+    show(output, _catalog_row(row) if output is Output.TABLE else row)
+
+
+@app.command("forget", epilog="Example: market models forget ours")
+def forget(model: Name, output: OutputOption = Output.TABLE) -> None:
+    """Take a model that was added out of the catalog; files on nodes stay (market models rm)."""
+    from market.cli.api import request
+
+    show(output, request("DELETE", f"/models/{model}"))
 
 
 @app.command("pull", epilog="Example: market models pull qwen-7b --node gpu-1 --pin")
@@ -154,6 +209,14 @@ def _rows(model: str, nodes: list[str]) -> list[dict[str, Any]]:
 
     rows = request("GET", "/stored-models", params={"model": model})
     return [row for row in rows if row["node_id"] in nodes]
+
+
+def _catalog_row(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {
+        "parameters": _billions(row["parameters"]),
+        "weights_gib": f"{row['weights_bytes'] / 2**30:.2f}",
+        "memory_gib": f"{row['memory_mib'] / 1024:.1f}",
+    }
 
 
 def _stored_row(row: dict[str, Any]) -> dict[str, Any]:

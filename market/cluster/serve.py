@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from market.catalog import Model, find
+from market.catalog import Model
 from market.cluster.agent import AgentClient, memory_is_free
 from market.cluster.engines import require_engine, sleeps
 from market.cluster.models import model_path
@@ -84,12 +84,12 @@ class ServeCluster:
                     spares[name].options(method_name="address").remote()
                 self._spares[name] = spares[name]
 
-    def start(self, replica: Replica, deployment: Deployment, offer: Offer) -> None:
+    def start(self, replica: Replica, deployment: Deployment, model: Model, offer: Offer) -> None:
         """Begin to run a replica's application, or to change it in place."""
         settings = import_builder(MODEL_SETTINGS)(
             replica,
             deployment,
-            find(deployment.model),
+            model,
             offer,
             Path(self._models_dir(offer)),
             self._config.sequences,

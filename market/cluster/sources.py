@@ -10,7 +10,7 @@ import fnmatch
 import importlib.util
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ CHECKSUMS = "SHA256SUMS"
 # Under what names fsspec's file systems tell the version of a file, the surest first.
 VERSIONS = ("ETag", "LastModified", "Last-Modified", "mtime")
 BLOCK_BYTES = 4 * 1024 * 1024
+READ_TIMEOUT_S = 30
 HUB, MODELSCOPE = "hf://", "modelscope://"
 
 
@@ -54,6 +55,10 @@ class Source(Protocol):
 
     def download(self, files: Sequence[SourceFile], folder: Path) -> None:
         """Into the folder, going on with what is there."""
+        ...
+
+    def read(self, file: SourceFile, length: int) -> bytes:
+        """The beginning of a file; hardly more than that is fetched."""
         ...
 
 
@@ -103,6 +108,15 @@ class Hub:
                 allow_patterns=[file.path for file in files],
             )
 
+    def read(self, file: SourceFile, length: int) -> bytes:
+        """Over HTTP, as its client would."""
+        from huggingface_hub import get_session, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        with _reaching(f"the hub's {self._repository}"):
+            url = hf_hub_url(self._repository, file.path, revision=self._revision)
+            return _beginning(get_session(), url, build_hf_headers(), length)
+
 
 class ModelScope:
     """A repository of ModelScope, by its own client if that is installed."""
@@ -139,6 +153,20 @@ class ModelScope:
                 local_dir=str(folder),
                 allow_patterns=[file.path for file in files],
             )
+
+    def read(self, file: SourceFile, length: int) -> bytes:
+        """Over HTTP, as its client would."""
+        import httpx
+        from modelscope.hub.api import ModelScopeConfig
+        from modelscope.hub.file_download import get_file_download_url
+
+        with (
+            _reaching(f"ModelScope's {self._repository}"),
+            httpx.Client(cookies=ModelScopeConfig.get_cookies()) as client,
+        ):
+            revision = self._revision or "master"
+            url = get_file_download_url(self._repository, file.path, revision)
+            return _beginning(client, url, {}, length)
 
 
 class FileSystem:
@@ -182,6 +210,16 @@ class FileSystem:
         version = next((str(info[key]) for key in VERSIONS if info.get(key)), None)
         return SourceFile(path, int(info["size"] or 0), sha256, version)
 
+    def read(self, file: SourceFile, length: int) -> bytes:
+        """In one go from the first byte, which servers without ranges give, too."""
+        path = f"{self._root}/{file.path}"
+        with (
+            _reaching(f"{self._url}/{file.path}"),
+            self._fs.open(path, "rb", block_size=length, size=file.size) as source,
+        ):
+            content: bytes = source.read(length)
+            return content
+
     def _copy(self, file: SourceFile, target: Path) -> None:
         have = target.stat().st_size if target.exists() else 0
         if have > file.size:
@@ -206,6 +244,21 @@ class FileSystem:
             return {}
         rows = (line.split(maxsplit=1) for line in lines if line.strip())
         return {name.lstrip("*").removeprefix("./"): digest for digest, name in rows}
+
+
+def _beginning(client: Any, url: str, headers: Mapping[str, str], length: int) -> bytes:
+    """The first bytes at a URL, whether or not its server knows ranges."""
+    asked = {**headers, "range": f"bytes=0-{length - 1}", "accept-encoding": "identity"}
+    content = b""
+    with client.stream(
+        "GET", url, headers=asked, follow_redirects=True, timeout=READ_TIMEOUT_S
+    ) as answer:
+        answer.raise_for_status()
+        for block in answer.iter_bytes():
+            content += block
+            if len(content) >= length:
+                break
+    return content[:length]
 
 
 class _reaching:  # noqa: N801  # reads as a statement

@@ -10,7 +10,7 @@ from datetime import datetime
 from functools import partial
 from typing import Protocol
 
-from market import matching
+from market import catalog, matching
 from market.accounts import Hold, HoldResult
 from market.calendar import Calendar, Oversubscribed
 from market.catalog import Model
@@ -50,7 +50,7 @@ class Cluster(Protocol):
         """Nodes and applications right now."""
         ...
 
-    def start(self, replica: Replica, deployment: Deployment, offer: Offer) -> None:
+    def start(self, replica: Replica, deployment: Deployment, model: Model, offer: Offer) -> None:
         """Begin to run a replica's application, or change it to what the replica's state says.
 
         Returns before it is ready.
@@ -200,6 +200,14 @@ class Core:
     def offers(self) -> list[Offer]:
         """All offers, by id."""
         return [self.state.offers[name] for name in sorted(self.state.offers)]
+
+    def models(self) -> tuple[Model, ...]:
+        """The catalog, with what the operator added."""
+        return catalog.models(tuple(self.state.models.values()))  # at once: threads ask, too
+
+    def find(self, name: str) -> Model:
+        """An entry of the catalog. Raises NotFound."""
+        return catalog.find(name, tuple(self.state.models.values()))
 
     async def register(self) -> None:
         """Take an epoch before the first hold, once in the market's life.

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Iterable
 
-from market import catalog, matching
+from market import matching
 from market.errors import MarketError, NotFound
 from market.forecast import BUCKET_S
 from market.matching import Misfit
@@ -78,7 +78,7 @@ class Disks:
 
         Raises NotFound, Overloaded.
         """
-        model = catalog.find(name)
+        model = self._core.find(name)
         offers = [self._offer(node_id) for node_id in dict.fromkeys(nodes)] or [
             offer
             for offer in self._core.offers
@@ -126,7 +126,7 @@ class Disks:
         """Pull what may start soon where it will: pools that wake or grow, leases booked ahead."""
         now_s = self._core.clock.monotonic()
         for name, offer in await self._expected(growing=True):
-            model = catalog.find(name)
+            model = self._core.find(name)
             on_disk = self._core.on_disk.get(offer.node_id)
             if model.source == "local" or on_disk is None or name in on_disk:
                 continue
@@ -143,7 +143,10 @@ class Disks:
     async def read_ahead(self) -> None:
         """Bring what is likely to be started soon from the disk into the host's memory."""
         for name, offer in await self._expected():
-            model, memory = catalog.find(name), self._core.in_memory.get(offer.node_id, frozenset())
+            model, memory = (
+                self._core.find(name),
+                self._core.in_memory.get(offer.node_id, frozenset()),
+            )
             there = name in self._core.on_disk.get(offer.node_id, frozenset())
             fits = model.weights_bytes <= MEMORY_MAX * offer.memory_mib * MIB
             likely = self._forecasts.expect(name, BUCKET_S).chance >= LIKELY
@@ -174,7 +177,7 @@ class Disks:
 
     def _next(self, deployment: Deployment) -> Offer | None:
         """The node of the pool's next replica: with room now, or after an eviction."""
-        places = self._pools.places(catalog.find(deployment.model), 1)
+        places = self._pools.places(self._core.find(deployment.model), 1)
         if not isinstance(places, Misfit):
             return self._core.state.offers[places[0].offer_id]
         room = self._elastic.room_after(deployment)

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from market import autoscaling, catalog, matching
+from market import autoscaling, matching
 from market.autoscaling import Busy, Costs, Decision, Idler, Memory, Signal, Snapshot
 from market.calendar import Oversubscribed
 from market.errors import MarketError
@@ -159,7 +159,7 @@ class Elastic:
         """What an hour of its next replica costs, if that matters."""
         if deployment.bounds.spend_max_pico is None:
             return None
-        following = self._pools.next_places(catalog.find(deployment.model))
+        following = self._pools.next_places(self._core.find(deployment.model))
         return self._core.hour_pico(following[0]) if following else None
 
     def _ahead(self, deployment: Deployment, idle_s: float, costs: Costs, is_there: bool) -> int:
@@ -296,7 +296,7 @@ class Elastic:
         if sum(bool(gpus.intersection(r.place.gpu_indices)) for r in here) > SLEEPERS_MAX:
             return False
         models = [core.state.deployments[r.deployment_id].model for r in here]
-        needed = sum(catalog.find(model).weights_bytes for model in models)
+        needed = sum(core.find(model).weights_bytes for model in models)
         return needed <= ASLEEP_MEMORY * offer.memory_mib * MIB
 
     async def _end_sleepers(self) -> None:
@@ -325,7 +325,7 @@ class Elastic:
 
         Only idle replicas of other pools may have to; a lease's are never touched.
         """
-        model, now_s = catalog.find(deployment.model), self._core.clock.monotonic()
+        model, now_s = self._core.find(deployment.model), self._core.clock.monotonic()
         offers = {offer.offer_id: offer for offer in self._core.offers}
         leaving = [r for r in self._core.state.replicas.values() if r.state in LEAVING]
         self._leaving_since_s = _kept(self._leaving_since_s, leaving, now_s)

@@ -29,8 +29,10 @@ from market.scheduler.spares import Spares
 from market.types import (
     AppStatus,
     ClusterView,
+    Deployment,
     Lease,
     LeaseState,
+    Offer,
     OfferState,
     Replica,
     ReplicaState,
@@ -420,7 +422,7 @@ class Keeper:
                 if deployment is not None:
                     replica = state.replicas[replica.replica_id]
                     offer = state.offers[replica.place.offer_id]
-                    self._work(replica.app_name, cluster.start, replica, deployment, offer)
+                    self._work(replica.app_name, self._start, replica, deployment, offer)
             case reconcile.Remove(app_name):
                 self._work(app_name, cluster.remove, app_name)
             case reconcile.End(process_id, node_id):
@@ -428,6 +430,10 @@ class Keeper:
                 self._work(process_id, cluster.end, process_id, node_id)
             case _:
                 pass
+
+    def _start(self, replica: Replica, deployment: Deployment, offer: Offer) -> None:
+        model = self._core.find(deployment.model)
+        self._core.cluster.start(replica, deployment, model, offer)
 
     def _work(self, name: str, function: Callable[..., None], *arguments: Any) -> None:
         if name in self._working:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from market import catalog, crash, leases, matching, placement, pricing
+from market import crash, leases, matching, placement, pricing
 from market.calendar import Oversubscribed
 from market.errors import Conflict, InvalidRequest, MarketError, NoCapacity, NotFound
 from market.leases import Event, Sight
@@ -229,7 +229,7 @@ class Orders:
 
     async def _check(self, order: Order) -> None:
         """Raises InvalidRequest or NotFound for an order that makes no sense."""
-        model = catalog.find(order.model)
+        model = self._core.find(order.model)
         if not (order.gpu_milli == 1000 and 1 <= order.gpu_count <= 64) and not (
             order.gpu_count == 1 and 1 <= order.gpu_milli < 1000
         ):
@@ -268,7 +268,7 @@ class Orders:
 
     def _match(self, order: Order) -> Match | Misfit:
         core = self._core
-        now, model = core.clock.now(), catalog.find(order.model)
+        now, model = core.clock.now(), core.find(order.model)
         classes, on_disk = self._classes(now), core.on_disk
         return matching.match(order, model, core.offers, core.calendar, now, classes, on_disk)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from market import catalog, matching
+from market import matching
 from market.catalog import Model
 from market.errors import Conflict, InvalidRequest, NoCapacity
 from market.matching import Misfit
@@ -33,10 +33,12 @@ class Pools:
         Conflict, or NoCapacity that says what is missing.
         """
         _check(bounds)
-        core, model = self._core, catalog.find(model_name)
+        core = self._core
+        model = core.find(model_name)
         if await core.ledger.rate_card(model.name) is None:
             raise InvalidRequest(f"model {model.name} has no price, so it cannot be served")
         async with core.lock:
+            model = core.find(model.name)  # it may have been forgotten meanwhile
             for known in core.state.deployments.values():
                 if known.model == model.name and known.mode is Mode.TOKENS:
                     there = core.replicas_of(known.deployment_id)
@@ -71,7 +73,7 @@ class Pools:
     async def add_replica(self, deployment_id: str) -> Misfit | None:
         """One more replica, or why there is no room for it. Under the lock."""
         deployment = self._core.state.deployments[deployment_id]
-        found = self.places(catalog.find(deployment.model), 1)
+        found = self.places(self._core.find(deployment.model), 1)
         if isinstance(found, Misfit):
             return found
         await self._add(deployment, found[0])
@@ -83,7 +85,7 @@ class Pools:
         deployment = core.state.deployments.get(replica.deployment_id)
         if deployment is None or deployment.stopping:
             return False
-        found = self.places(catalog.find(deployment.model), 1)
+        found = self.places(self._core.find(deployment.model), 1)
         if isinstance(found, Misfit):
             return False
         gone = replace(replica, state=ReplicaState.STOPPING, reason=reason)
@@ -149,7 +151,7 @@ class Pools:
         if isinstance(found, Misfit):
             fits = [
                 other.name
-                for other in catalog.models()
+                for other in self._core.models()
                 if not isinstance(self.places(other, 1, emptied=emptied), Misfit)
             ]
             others = [name for name in fits if name != model.name]
@@ -171,7 +173,7 @@ class Pools:
             if deployment is not None and deployment.mode is Mode.TOKENS:
                 pools.append(replica)
                 if not replica.place.gpu_indices and not emptied:
-                    taken[replica.place.offer_id] += catalog.find(deployment.model).memory_mib
+                    taken[replica.place.offer_id] += core.find(deployment.model).memory_mib
         leaving = pools if emptied else []
         free = {offer.offer_id: core.free_milli(offer, leaving) for offer in core.offers}
         now = core.clock.now()

@@ -3,7 +3,7 @@
 import re
 from dataclasses import replace
 
-from market import catalog
+from market.catalog import Model
 from market.errors import Conflict, InvalidRequest
 from market.scheduler.core import Core
 from market.types import Bounds, Deployment, LanePolicy, Mode, OrderState, Rule
@@ -28,6 +28,7 @@ class Rules:
         """
         await self._check(name, policy)
         async with self._core.lock:
+            self._models(name, policy)  # others may have been added or forgotten meanwhile
             for known in self._core.state.deployments.values():
                 if (known.model, known.tenant_id) != (name, tenant_id) or known.policy is None:
                     continue
@@ -81,27 +82,29 @@ class Rules:
         if sum(rule.tenant_id == tenant_id for rule in self.all()) >= RULES_MAX:
             raise Conflict(f"{tenant_id} has {RULES_MAX} hybrid and auto deployments already")
 
-    async def _check(self, name: str, policy: LanePolicy) -> None:
+    def _models(self, name: str, policy: LanePolicy) -> list[Model]:
+        """Those that answer. Raises InvalidRequest, NotFound."""
         if bool(policy.cheap) != bool(policy.strong):
             raise InvalidRequest("name both models, the cheap and the strong one", param="strong")
         if not policy.cheap:
-            catalog.find(name)
-            models = [name]
-        else:
-            models = [policy.cheap, policy.strong]
-            if policy.cheap == policy.strong:
-                raise InvalidRequest("cheap and strong must be two models", param="strong")
-            if not NAME.fullmatch(name) or any(name == m.name for m in catalog.models()):
-                raise InvalidRequest(
-                    f"{name!r}: with two models choose a name of your own that is no model's, of "
-                    "letters, digits, dots, dashes and underscores",
-                    param="model",
-                )
-        cards = [await self._core.ledger.rate_card(catalog.find(m).name) for m in models]
+            return [self._core.find(name)]
+        if policy.cheap == policy.strong:
+            raise InvalidRequest("cheap and strong must be two models", param="strong")
+        if not NAME.fullmatch(name) or any(name == m.name for m in self._core.models()):
+            raise InvalidRequest(
+                f"{name!r}: with two models choose a name of your own that is no model's, of "
+                "letters, digits, dots, dashes and underscores",
+                param="model",
+            )
+        return [self._core.find(policy.cheap), self._core.find(policy.strong)]
+
+    async def _check(self, name: str, policy: LanePolicy) -> None:
+        models = self._models(name, policy)
+        cards = [await self._core.ledger.rate_card(model.name) for model in models]
         if None in cards:
-            model = models[cards.index(None)]
+            model = models[cards.index(None)].name
             raise InvalidRequest(f"model {model} has no price, so it cannot be served")
-        if any(catalog.find(model).embeds for model in models):
+        if any(model.embeds for model in models):
             raise InvalidRequest("models that make embeddings cannot be dealt", param="model")
         if policy.cheap:
             cheap, strong = (card.input_pico + card.output_pico for card in cards if card)

@@ -13,8 +13,9 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
-from market import catalog, leases
+from market import leases
 from market.accounts import HoldResult
+from market.catalog import Model
 from market.config import Config
 from market.errors import Conflict, InvalidRequest, NotFound, PermissionDenied
 from market.leases import Event
@@ -24,6 +25,7 @@ from market.scheduler.disks import Disks
 from market.scheduler.elastic import Elastic
 from market.scheduler.forecasts import Forecasts
 from market.scheduler.keeper import Keeper
+from market.scheduler.models import Models
 from market.scheduler.nodes import Nodes, Proof
 from market.scheduler.orders import Orders, Quote
 from market.scheduler.pools import Pools
@@ -93,6 +95,7 @@ class Scheduler:
         self._orders = Orders(self._core)
         self._pools = Pools(self._core)
         self._rules = Rules(self._core)
+        self._models = Models(self._core)
         self._shares = Shares(clock, ledger)
         self._forecasts = Forecasts(self._core)
         self._elastic = Elastic(self._core, self._pools, self._shares, self._forecasts)
@@ -319,7 +322,23 @@ class Scheduler:
             return await self._rules.close(found[0])
         return await self._pools.close(found[0])
 
-    # -- models on disks -------------------------------------------------------------------
+    # -- the catalog, and models on disks --------------------------------------------------
+
+    async def models(self) -> tuple[Model, ...]:
+        """The catalog: shipped models, then those that were added."""
+        return self._core.models()
+
+    async def model(self, name: str) -> Model:
+        """An entry of the catalog. Raises NotFound."""
+        return self._core.find(name)
+
+    async def add_model(self, model: Model) -> Model:
+        """Add an entry to the catalog. See Models.add."""
+        return await self._models.add(model)
+
+    async def forget_model(self, name: str) -> Model:
+        """Take an added entry out of the catalog. See Models.forget."""
+        return await self._models.forget(name)
 
     async def stored_models(self) -> dict[str, tuple[StoredModel, ...]]:
         """What is on the disks of all nodes that answer, by node."""
@@ -337,7 +356,7 @@ class Scheduler:
 
     async def routes(self) -> RouteTable:
         """Where requests may go right now, and why some cannot."""
-        known = {model.name for model in catalog.models()}
+        known = {model.name for model in self._core.models()}
         ready: list[Route] = []
         early: list[Route] = []
         starting: list[NotReady] = []
@@ -391,7 +410,8 @@ class Scheduler:
         """What a gateway says of itself, and what it must know."""
         if report.cold:
             self._keeper.hurry()
-        return self._shares.sync(report, await self.routes())
+        told = self._shares.sync(report, await self.routes())
+        return replace(told, models=tuple(self._core.state.models.values()))
 
     async def status(self) -> dict[str, Any]:
         """For people and tests. ``start_s``: how long starts took, by what there was before."""
@@ -430,7 +450,7 @@ class Scheduler:
         )
 
     def _route(self, deployment: Deployment, replica: Replica) -> Route:
-        model = catalog.find(deployment.model)
+        model = self._core.find(deployment.model)
         offer = self._core.state.offers[replica.place.offer_id]
         return Route(
             model=model.name,

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from market.accounts import HoldResult
 from market.autoscaling import Demand
+from market.catalog import Model
 from market.fairness import OUTPUT_WORK, PoolLedger, PoolReport, PoolShare
 from market.ports import Clock
 from market.types import HoldChange, HoldRequest, RouteTable, SliceAsk
@@ -61,13 +62,15 @@ class GatewayReport:
 class GatewayOrders:
     """What it is told: routes, its part of pools and of keys' limits, whose money to give back.
 
-    ``key_gateways``: how many gateways share a key's limits.
+    ``key_gateways``: how many gateways share a key's limits. ``models``: what the operator added to
+    the catalog.
     """
 
     routes: RouteTable
     pools: Mapping[str, PoolShare]
     key_gateways: Mapping[str, int]
     recalls: frozenset[str]
+    models: tuple[Model, ...] = ()
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ import uuid
 from collections import Counter
 from dataclasses import replace
 
-from market import catalog, matching
+from market import matching
 from market.matching import Misfit
 from market.scheduler.core import Core
 from market.scheduler.pools import Pools
@@ -125,7 +125,7 @@ class Spares:
         core = self._core
         if len(core.running(deployment.deployment_id)) >= deployment.bounds.maximum:
             return []
-        model = catalog.find(deployment.model)
+        model = core.find(deployment.model)
         places = self._pools.places(model, 1)
         if not isinstance(places, Misfit):
             return [place.offer_id for place in places]
@@ -163,5 +163,4 @@ def _is_ready(spare: Spare, view: ClusterView) -> bool:
 def _is_elastic(deployment: Deployment) -> bool:
     bounds = deployment.bounds
     is_pool = deployment.mode is Mode.TOKENS and not deployment.stopping
-    known = any(model.name == deployment.model for model in catalog.models())
-    return is_pool and known and bounds.minimum < bounds.maximum
+    return is_pool and bounds.minimum < bounds.maximum

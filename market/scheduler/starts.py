@@ -1,6 +1,5 @@
 """What replicas cost to hold, to start and to wake: measured, by what there was before."""
 
-from market import catalog
 from market.autoscaling import Costs
 from market.catalog import Model
 from market.scheduler.core import Core
@@ -40,7 +39,7 @@ class Starts:
         """What a replica costs an hour, to start and to wake: of those ``present``, or of one where
         it would go.
         """
-        model = catalog.find(deployment.model)
+        model = self._core.find(deployment.model)
         offers = self._core.state.offers
         places = [replica.place for replica in present] or self._pools.next_places(model)
         gpu_types = {offers[place.offer_id].gpu_type for place in places}

@@ -14,6 +14,7 @@ import msgspec
 from sqlalchemy import Connection, Row, Table, delete, select
 
 from market import storage
+from market.catalog import Model
 from market.errors import Overloaded
 from market.scheduler import tables
 from market.storage import Stateless, StorageFull, upsert
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 LOCK_PATIENCE_S = 5.0
 
-Value = Offer | Order | Lease | Deployment | Replica | StartCost
+Value = Offer | Order | Lease | Deployment | Replica | StartCost | Model
 
 
 @dataclass
@@ -54,6 +55,7 @@ class State:
     deployments: dict[str, Deployment] = field(default_factory=dict)
     replicas: dict[str, Replica] = field(default_factory=dict)
     starts: dict[str, StartCost] = field(default_factory=dict)
+    models: dict[str, Model] = field(default_factory=dict)
     outbox: dict[int, tuple[str, UsageRecord]] = field(default_factory=dict)
     epoch: int = 0
     next_seq: int = 0
@@ -166,6 +168,7 @@ _TABLES: dict[type, Table] = {
     Deployment: tables.deployments,
     Replica: tables.replicas,
     StartCost: tables.starts,
+    Model: tables.models,
 }
 
 
@@ -240,7 +243,7 @@ def _value(kind: type, row: Row[Any]) -> Value:
     if kind is Deployment:
         bounds = Bounds(**{f.name: values.pop(f.name) for f in fields(Bounds)})
         return Deployment(**values | {"mode": Mode(values["mode"]), "bounds": bounds})
-    if kind is StartCost:
-        return StartCost(**values)
+    if kind is StartCost or kind is Model:
+        return kind(**values)
     place = Place(**{f.name: values.pop(f.name) for f in fields(Place)})
     return Replica(**values | {"place": place, "state": ReplicaState(values["state"])})

@@ -171,6 +171,28 @@ starts = Table(
     Column("measured_at", Moment, nullable=False),
 )
 
+# What an operator added to the shipped catalog.
+models = Table(
+    "models",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("source", Text, nullable=False),
+    Column("licence", Text, nullable=False),
+    Column("parameters", BigInteger, nullable=False),
+    Column("weights_bytes", BigInteger, nullable=False),
+    Column("context_tokens", BigInteger, nullable=False),
+    Column("layers", Integer, nullable=False),
+    Column("kv_heads", Integer, nullable=False),
+    Column("head_dim", Integer, nullable=False),
+    Column("input_price", String, nullable=False),
+    Column("cached_input_price", String, nullable=False),
+    Column("output_price", String, nullable=False),
+    Column("embeds", Boolean, nullable=False),
+    Column("tool_parser", String, nullable=False),
+    Column("reasoning_parser", String, nullable=False),
+    Column("forgotten", Boolean, nullable=False),
+)
+
 # Lease segments on their way to the ledger, in the transaction that metered them.
 outbox = Table(
     "outbox",

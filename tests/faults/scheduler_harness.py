@@ -111,10 +111,10 @@ class World(FakeCluster):
         self.crowded = []
         self._asked = Counter()
 
-    def start(self, replica, deployment, offer):
+    def start(self, replica, deployment, model, offer):
         if self.now_us % 7 == 3:
             raise RuntimeError("this start went wrong")
-        super().start(replica, deployment, offer)
+        super().start(replica, deployment, model, offer)
         self.places[replica.process_id] = replica.place
         if offer.node_id not in self.nodes:
             self.processes[offer.node_id].discard(replica.process_id)

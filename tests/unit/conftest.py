@@ -1,6 +1,9 @@
 import pytest
 
 from tests.boxes import FARM, LAPTOP, Box
+from tests.models import tiny_embed, tiny_model
+
+__all__ = ["tiny_embed", "tiny_model"]
 
 
 @pytest.fixture

@@ -816,3 +816,63 @@ class TestStoredModels:
             in run("models", "pull", "qwen-0.5b", "--node", "nowhere", code=1).err
         )
         assert "not in the catalog" in run("models", "pull", "nothing", code=1).err
+
+
+class TestCatalog:
+    ADD = ("models", "add", "--input-price", "0.10", "--output-price", "0.40")
+
+    def test_added_shown_deployed_and_forgotten(self, market, run, tiny_model):
+        source = ("--source", str(tiny_model))
+        done = run(*self.ADD, "ours", *source, "--cached-input-price", "0.050", *JSON).json
+        assert (done["created"], done["model"], done["source"]) == (True, "ours", source[1])
+        assert (done["parameters"], done["context_tokens"]) == (1_050_752, 2048)
+        prices = [done[f"{kind}_price"] for kind in ("input", "cached_input", "output")]
+        assert prices == ["0.1", "0.05", "0.4"]
+        (shown,) = [row for row in run("models", "ls", *JSON).json if row["model"] == "ours"]
+        assert done == {"created": True, **shown}
+        assert str(tiny_model) in run("models", "ls").out
+        run("prices", "set", "ours", "--input", "0.20", "--output-price", "0.80")
+        again = run(
+            *self.ADD, "ours", "--source", str(tiny_model), *JSON, "--cached-input-price", "0.05"
+        )
+        assert (again.json["created"], again.json["output_price"]) == (False, "0.8")
+        assert run("deploy", "ours", *JSON).json["state"] == "ready"
+        assert "in use by deployment" in run("models", "forget", "ours", code=1).err
+        run("undeploy", "ours")
+        while market.do(market.scheduler.deployments()):
+            market.do(market.round())
+        assert "forgotten" in run("models", "forget", "ours").out
+        assert "ours" not in run("models", "ls").out.split()
+        assert "not in the catalog" in run("deploy", "ours", code=1).err
+
+    def test_table_says_what_was_read(self, market, run, tiny_embed):
+        shown = run(*self.ADD, "vectors", "--source", str(tiny_embed), "--licence", "MIT").out
+        assert {"vectors", "MIT", "1M", "512", "0.4"} <= set(shown.split())
+        run("models", "forget", "vectors")
+
+    @pytest.mark.parametrize(
+        ("name", "options", "words"),
+        [
+            ("Ours!", (), "model 'Ours!': use 1 to 63 of a-z"),
+            ("qwen-7b", (), "shipped with the market"),
+            ("ours", ("--input-price", "-1"), "cannot be negative"),
+            ("ours", ("--output-price", "0.1234567"), "more than 6 decimals"),
+            ("ours", ("--parameters", "5"), "leave --parameters out"),
+            ("ours", ("--source", "nonsense"), "absolute path"),
+            ("ours", ("--source", "/not/there"), "not there"),
+        ],
+    )
+    def test_what_is_wrong_changes_nothing(self, market, run, tiny_model, name, options, words):
+        before = run("models", "ls").out, run("prices", "show").out
+        refused = run(*self.ADD, name, "--source", str(tiny_model), *options, code=1).err
+        assert words in refused
+        assert (run("models", "ls").out, run("prices", "show").out) == before
+
+    def test_prices_are_needed(self, market, run, tiny_model):
+        missing = ("models", "add", "ours", "--source", str(tiny_model), "--input-price", "1")
+        assert "--output-price" in run(*missing, code=2).err
+
+    def test_only_the_operator(self, market, run, tiny_model):
+        asked = (*self.ADD, "ours", "--source", str(tiny_model))
+        for command in (asked, ("models", "forget", "tiny-qwen")):
+            assert "operator" in run(*command, code=1, key="acme").err

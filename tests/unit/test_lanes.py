@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from market import routing
+from market.catalog import find
 from market.errors import InvalidRequest, NoCapacity, NotFound
 from market.pricing import make_rate_card
 from market.routing import Load, Query, Reason
@@ -35,6 +36,8 @@ def pool(model=SMALL):
 
 class FakeLive:
     """What LiveRoutes shows; a pool that is woken is there."""
+
+    model = staticmethod(find)
 
     def __init__(self, *rules, leases=(), pools=()):
         self.known = rules

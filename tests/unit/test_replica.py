@@ -6,6 +6,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 
+from market.catalog import find
 from market.credit import Credit
 from market.errors import EngineFailed, MarketFault, Overloaded, Revoked
 from market.fakes import FakeEngine
@@ -17,7 +18,7 @@ from tests.boxes import FARM, LAPTOP
 from tests.sleepy import SleepyEngine
 
 PLACE = Place("farm", "farm", (1,), 500)
-SETTINGS = ReplicaSettings("tiny-1", "tiny-qwen", "/nowhere", PLACE, True, 4, 5.0)
+SETTINGS = ReplicaSettings("tiny-1", find("tiny-qwen"), "/nowhere", PLACE, True, 4, 5.0)
 ASLEEP = replace(SETTINGS, asleep=True)
 CARDS = replace(FARM, logical=False)
 
