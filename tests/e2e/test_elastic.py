@@ -1,12 +1,15 @@
 """Models that sleep, wake, share GPUs and spill: all are answered, and billed right."""
 
 import asyncio
+import functools
+import http.server
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 
 import httpx
+import psutil
 import pytest
 
 from tests import sleepy
@@ -140,6 +143,46 @@ def test_model_of_the_hub_is_pulled_served_and_removed(market):
     wait_until(lambda: not in_use(market, HUBS), "the end of its use")
     assert market.cli("models", "rm", HUBS)["freed_bytes"] == {"local": row["bytes"]}
     assert not (market.home / "models" / HUBS).exists()
+
+
+def test_model_that_is_added_is_pulled_served_and_billed_at_its_price(market, tiny_model):
+    """From a web server, under a name of our own; a scheduler that was killed still knows it."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tiny_model.parent)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    source = f"http://127.0.0.1:{server.server_address[1]}/{tiny_model.name}"
+    prices = ("--input-price", "1", "--cached-input-price", "0.5", "--output-price", "3")
+    try:
+        added = market.cli("models", "add", "ours", "--source", source, *prices)
+        assert (added["created"], added["parameters"]) == (True, 1_050_752)
+        (row,) = market.cli("models", "pull", "ours")
+        assert (row["state"], row["message"]) == ("ready", "")
+        market.cli("deploy", "ours", "--engine", "transformers")
+        tenant = market.tenant()
+        answer = tenant.client().chat.completions.create(**ASKED | {"model": "ours"})
+        before = market.status()["scheduler"]["pid"]
+        psutil.Process(before).kill()
+        wait_until(lambda: market.status()["scheduler"]["pid"] != before, "another scheduler")
+        tenant.client().chat.completions.create(**ASKED | {"model": "ours"})
+    finally:
+        server.shutdown()
+        server.server_close()
+    rows = tenant.rows(2)
+    assert set(rows["model"]) == {"ours"}
+    fresh = rows["input_tokens"] - rows["cached_input_tokens"]
+    pico = (
+        fresh * 1_000_000
+        + rows["cached_input_tokens"] * 500_000
+        + rows["output_tokens"] * 3_000_000
+    )
+    assert [Decimal(int(cost)).scaleb(-12) for cost in pico] == list(rows["charge"])
+    assert answer.usage.completion_tokens in list(rows["output_tokens"])
+    refused = market.run("models", "forget", "ours")
+    assert (refused.returncode, "in use" in refused.stderr) == (1, True)
+    market.cli("undeploy", "ours")
+    wait_until(lambda: not any(d["model"] == "ours" for d in market.get("/deployments")), "its end")
+    market.cli("models", "forget", "ours")
+    assert "ours" not in [model["model"] for model in market.get("/models")]
 
 
 def in_use(market, model):
