@@ -831,6 +831,7 @@ class TestCatalog:
         (shown,) = [row for row in run("models", "ls", *JSON).json if row["model"] == "ours"]
         assert done == {"created": True, **shown}
         assert str(tiny_model) in run("models", "ls").out
+        market.clock.advance(1)
         run("prices", "set", "ours", "--input", "0.20", "--output-price", "0.80")
         again = run(
             *self.ADD, "ours", "--source", str(tiny_model), *JSON, "--cached-input-price", "0.05"
