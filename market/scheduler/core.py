@@ -26,6 +26,7 @@ from market.types import (
     HoldRequest,
     Lease,
     LeaseState,
+    Mode,
     Offer,
     Place,
     RateCard,
@@ -208,6 +209,17 @@ class Core:
     def find(self, name: str) -> Model:
         """An entry of the catalog. Raises NotFound."""
         return catalog.find(name, tuple(self.state.models.values()))
+
+    @property
+    def pools(self) -> list[Deployment]:
+        """Pools that are being sold, oldest first; not of models that the catalog has lost."""
+        known = {model.name for model in self.models()}
+        pools = [
+            d
+            for d in self.state.deployments.values()
+            if d.mode is Mode.TOKENS and not d.stopping and d.model in known
+        ]
+        return sorted(pools, key=lambda pool: (pool.created_at, pool.deployment_id))
 
     async def register(self) -> None:
         """Take an epoch before the first hold, once in the market's life.

@@ -12,7 +12,7 @@ from market.scheduler.core import Core
 from market.scheduler.elastic import Elastic
 from market.scheduler.forecasts import Forecasts
 from market.scheduler.pools import Pools
-from market.types import Deployment, LeaseState, Mode, Offer, OfferState, StoredModel, StoredState
+from market.types import Deployment, LeaseState, Offer, OfferState, StoredModel, StoredState
 
 logger = logging.getLogger(__name__)
 
@@ -143,10 +143,8 @@ class Disks:
     async def read_ahead(self) -> None:
         """Bring what is likely to be started soon from the disk into the host's memory."""
         for name, offer in await self._expected():
-            model, memory = (
-                self._core.find(name),
-                self._core.in_memory.get(offer.node_id, frozenset()),
-            )
+            model = self._core.find(name)
+            memory = self._core.in_memory.get(offer.node_id, frozenset())
             there = name in self._core.on_disk.get(offer.node_id, frozenset())
             fits = model.weights_bytes <= MEMORY_MAX * offer.memory_mib * MIB
             likely = self._forecasts.expect(name, BUCKET_S).chance >= LIKELY
@@ -164,15 +162,13 @@ class Disks:
             for lease in self._core.open_leases()
             if lease.state is LeaseState.PENDING
         ]
-        for deployment in list(state.deployments.values()):
+        for pool in self._core.pools:
             await asyncio.sleep(0)  # to look at many nodes takes its time
-            if deployment.mode is Mode.TOKENS and not deployment.stopping:
-                count = len(self._core.replicas_of(deployment.deployment_id))
-                if count and not (growing and count < deployment.bounds.maximum):
-                    continue
-                offer = self._next(deployment)
+            count = len(self._core.replicas_of(pool.deployment_id))
+            if not count or (growing and count < pool.bounds.maximum):
+                offer = self._next(pool)
                 if offer is not None:
-                    found.append((deployment.model, offer))
+                    found.append((pool.model, offer))
         return found
 
     def _next(self, deployment: Deployment) -> Offer | None:

@@ -81,14 +81,13 @@ class Elastic:
             await self._end_drained()
             await self._end_sleepers()
             await self._end_failed()
-            pools = [d for d in self._core.state.deployments.values() if d.mode is Mode.TOKENS]
-            for gone in self._memories.keys() - {d.deployment_id for d in pools}:
+            pools = self._core.pools
+            for gone in self._memories.keys() - {pool.deployment_id for pool in pools}:
                 del self._memories[gone]
                 self._evicted_s.pop(gone, None)
                 self._stuck.pop(gone, None)
-            for deployment in sorted(pools, key=lambda d: (d.created_at, d.deployment_id)):
-                if not deployment.stopping:
-                    await self._scale_guarded(deployment)
+            for deployment in pools:
+                await self._scale_guarded(deployment)
 
     def reason(self, deployment_id: str) -> str:
         """Why a pool has as many replicas as it has."""
@@ -373,9 +372,9 @@ class Elastic:
     def _idlers(self, growing: Deployment) -> list[Idler]:
         """Replicas of other pools that serve nobody and are more than their pool's minimum."""
         now_s, found = self._core.clock.monotonic(), []
-        for deployment in self._core.state.deployments.values():
+        for deployment in self._core.pools:
             memory = self._memories.get(deployment.deployment_id)
-            if deployment.mode is not Mode.TOKENS or memory is None or deployment == growing:
+            if memory is None or deployment == growing:
                 continue
             serving = [
                 replica

@@ -168,12 +168,13 @@ class Pools:
         """
         core = self._core
         pools, taken = [], defaultdict[str, int](int)
+        memory_mib = {known.name: known.memory_mib for known in core.models()}
         for replica in core.state.replicas.values():
             deployment = core.state.deployments.get(replica.deployment_id)
             if deployment is not None and deployment.mode is Mode.TOKENS:
                 pools.append(replica)
                 if not replica.place.gpu_indices and not emptied:
-                    taken[replica.place.offer_id] += core.find(deployment.model).memory_mib
+                    taken[replica.place.offer_id] += memory_mib.get(deployment.model, 0)
         leaving = pools if emptied else []
         free = {offer.offer_id: core.free_milli(offer, leaving) for offer in core.offers}
         now = core.clock.now()

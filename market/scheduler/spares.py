@@ -50,13 +50,9 @@ class Spares:
         core, now_s = self._core, self._core.clock.monotonic()
         if not core.config.spares:
             return []
-        wanted = {
-            (place, deployment.engine)
-            for deployment in core.state.deployments.values()
-            if _is_elastic(deployment)
-            for place in self._next_places(deployment)
-        }
-        engines = {d.engine for d in core.state.deployments.values() if _is_elastic(d)}
+        elastic = [pool for pool in core.pools if _is_elastic(pool)]
+        wanted = {(place, pool.engine) for pool in elastic for place in self._next_places(pool)}
+        engines = {pool.engine for pool in elastic}
         self._look(view, wanted)
         for spare in list(core.spares.values()):
             place = spare.offer_id, spare.engine
@@ -131,7 +127,7 @@ class Spares:
             return [place.offer_id for place in places]
         others = {
             replica.place.offer_id
-            for other in core.state.deployments.values()
+            for other in core.pools
             if other != deployment and _is_elastic(other)
             for replica in core.replicas_of(other.deployment_id)
         }
@@ -161,6 +157,4 @@ def _is_ready(spare: Spare, view: ClusterView) -> bool:
 
 
 def _is_elastic(deployment: Deployment) -> bool:
-    bounds = deployment.bounds
-    is_pool = deployment.mode is Mode.TOKENS and not deployment.stopping
-    return is_pool and bounds.minimum < bounds.maximum
+    return deployment.bounds.minimum < deployment.bounds.maximum

@@ -189,11 +189,12 @@ class TestElasticPools:
             assert failed.replica_id not in scheduler._core.state.replicas
 
     async def test_pool_whose_model_is_known_no_more_does_not_stop_others(self, farm, monkeypatch):
+        farm.config = replace(farm.config, spares=1)
         async with farm.opened() as scheduler:
             await pool(scheduler, "tiny-embed", minimum=0, maximum=1)
             await pool(scheduler, minimum=0, maximum=1)
             others = tuple(m for m in catalog.models() if m.name != "tiny-embed")
-            monkeypatch.setattr(catalog, "models", lambda: others)
+            monkeypatch.setattr(catalog, "_shipped", lambda: others)
             await Demands(farm, scheduler)(3, cold={"tiny-qwen": 1})
             assert [r.model for r in (await scheduler.routes()).ready] == ["tiny-qwen"]
 

@@ -25,9 +25,12 @@ LEASING = {"model": "tiny-qwen", "mode": "lease", "tenant_id": "acme"}
 REFUND = {"reason": "sorry", "amount": "1"}
 PRICE = {"model": "tiny-qwen", "input_price": "1", "output_price": "1"}
 PACK = {"model": "tiny-qwen", "tokens": 10}
+MODEL = {"name": "mine", "source": "nobody/mine", "input_price": "1", "output_price": "1"}
 
 ROUTES = {
     ("GET", "/market/v1/models"): (OPEN, None),
+    ("POST", "/market/v1/models"): (OPERATOR, MODEL),
+    ("DELETE", "/market/v1/models/{model}"): (OPERATOR, None),
     ("GET", "/market/v1/prices"): (OPEN, None),
     ("POST", "/market/v1/prices"): (OPERATOR, PRICE),
     ("GET", "/market/v1/providers"): (OPERATOR, None),
