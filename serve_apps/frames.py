@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import struct
+from typing import Any
 
 import msgspec
 
@@ -45,6 +46,12 @@ class Taken(msgspec.Struct, array_like=True, tag=3):
     frames: int
 
 
+class Adopt(msgspec.Struct, array_like=True, tag=4):
+    """Load this: the settings of a replica, for a process that waits for them."""
+
+    settings: dict[str, Any]
+
+
 class Failure(msgspec.Struct, array_like=True):
     """A MarketError on its way; ``kind`` is the name of its class."""
 
@@ -70,7 +77,7 @@ class State(msgspec.Struct, array_like=True, tag=1):
     kv_tokens: int
 
 
-Asked = Open | Extend | Abort | Taken
+Asked = Open | Extend | Abort | Taken | Adopt
 News = Piece | State
 encode = msgspec.msgpack.Encoder().encode
 decode_asked = msgspec.msgpack.Decoder(Asked).decode
@@ -129,7 +136,12 @@ async def read_frame(reader: asyncio.StreamReader, most: int = FRAME_MAX_BYTES) 
 
 def write_frame(writer: asyncio.StreamWriter, content: bytes) -> None:
     """Send a frame, without waiting."""
-    writer.write(_LENGTH.pack(len(content)) + content)
+    writer.write(framed(content))
+
+
+def framed(content: bytes) -> bytes:
+    """A frame as it travels."""
+    return _LENGTH.pack(len(content)) + content
 
 
 def failure_of(error: MarketError) -> Failure:

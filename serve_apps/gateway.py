@@ -23,6 +23,7 @@ from starlette.types import ASGIApp
 
 from market import services
 from market.clock import SystemClock
+from market.cluster import directory
 from market.cluster.node import LOCAL, OPERATOR_NODES
 from market.config import Config
 from market.errors import MarketError, MarketFault
@@ -81,7 +82,7 @@ class Gateway:
             self._exchange,
             ledger,
             lambda: keys.cards,
-            serve.get_app_handle,
+            directory.find,
             self._metrics.unpriced,
             self._metrics.started,
         )

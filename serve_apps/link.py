@@ -1,9 +1,9 @@
 """The link: how answers travel from a replica to the gateways that asked.
 
 Ray moves each chunk of a stream through its object store and two event loops, about a millisecond
-of CPU; thousands of chunks a second pass here. So gateways reach a replica through its Serve handle
-only to learn its address and secret, and then hold one TCP connection to it for all of their
-streams. Frames are a length and msgpack.
+of CPU; thousands of chunks a second pass here. So each replica publishes its address and a secret,
+and gateways hold one TCP connection to it for all of their streams. Frames are a length and
+msgpack.
 
 What a gateway has not taken yet is not sent: at most ``WINDOW`` frames are under way, and what
 comes meanwhile is merged. So chunks stay single tokens while there is time and grow under load,
@@ -16,8 +16,10 @@ import contextlib
 import hmac
 import logging
 import secrets
+import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -26,7 +28,7 @@ from market.errors import EngineFailed, MarketError, Overloaded
 from market.types import EngineChunk, EngineRequest
 from serve_apps.frames import (
     Abort,
-    Asked,
+    Adopt,
     Extend,
     Failure,
     News,
@@ -39,6 +41,7 @@ from serve_apps.frames import (
     encode,
     error_of,
     failure_of,
+    framed,
     merge,
     read_frame,
     tune,
@@ -52,6 +55,8 @@ SECRET_MAX_BYTES = 256
 CONNECT_TIMEOUT_S = 5.0
 # How long to look for a replica that is not there: a lost one is started again meanwhile.
 REPLICA_TIMEOUT_S = 120.0
+ADDRESS_RETRY_S = 0.2
+UNREACHED = OSError, TimeoutError, asyncio.IncompleteReadError, msgspec.DecodeError
 CLOSE_POLL_S = 0.5
 TAKEN_POLL_S = 0.02
 ASLEEP = State(False, 0)
@@ -65,15 +70,41 @@ class Address:
     port: int
     secret: str = field(repr=False)
 
+    def pack(self) -> bytes:
+        """As it is published."""
+        return msgspec.msgpack.encode(self)
+
+    @staticmethod
+    def unpack(entry: bytes) -> "Address":
+        """What was packed."""
+        return msgspec.msgpack.decode(entry, type=Address)
+
+
+def adopt(entry: bytes, settings: dict[str, Any]) -> None:
+    """Tell a process that waits for a model, at a packed address, to load one. Raises OSError."""
+    address = Address.unpack(entry)
+    where = address.host, address.port
+    with socket.create_connection(where, CONNECT_TIMEOUT_S) as connection:
+        connection.sendall(framed(address.secret.encode()) + framed(encode(Adopt(settings))))
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(SECRET_MAX_BYTES):  # to its end: closed early, it may be lost
+            pass
+
 
 Generate = Callable[[EngineRequest, Credit], AsyncGenerator[EngineChunk, None]]
 
 
 class LinkServer:
-    """The replica's end: serves ``generate`` to gateways that know the secret."""
+    """The replica's end: serves ``generate`` to gateways that know the secret.
 
-    def __init__(self, generate: Generate) -> None:
+    ``on_adopt`` is called with the settings of a model that the process is to load.
+    """
+
+    def __init__(
+        self, generate: Generate, on_adopt: Callable[[dict[str, Any]], None] = lambda _: None
+    ) -> None:
         self._generate = generate
+        self._on_adopt = on_adopt
         self._server: asyncio.Server | None = None
         self._peers: set[_Peer] = set()
         self._state = ASLEEP
@@ -127,7 +158,11 @@ class LinkServer:
             self._peers.add(peer)
             peer.tell(self._state)
             while True:
-                peer.take(decode_asked(await read_frame(reader)))
+                asked = decode_asked(await read_frame(reader))
+                if isinstance(asked, Adopt):
+                    self._on_adopt(asked.settings)
+                else:
+                    peer.take(asked)
         except (OSError, TimeoutError, asyncio.IncompleteReadError, msgspec.DecodeError):
             pass  # the gateway is gone, or was none
         finally:
@@ -152,7 +187,7 @@ class _Peer:
         self.tasks: dict[int, asyncio.Task[None]] = {}
         self.closing = False
 
-    def take(self, asked: Asked) -> None:
+    def take(self, asked: Open | Extend | Abort | Taken) -> None:
         """Do what the gateway asks."""
         match asked:
             case Open(stream, request, tokens, final):
@@ -249,10 +284,10 @@ class Link:
 
     def __init__(
         self,
-        address: Callable[[], Awaitable[Address]],
+        address: Callable[[], Awaitable[Address | None]],
         on_state: Callable[[], None] = lambda: None,
     ) -> None:
-        """``address`` finds the replica, however long that takes; it says when it is awake."""
+        """``address`` says where the replica listens, if it does; that says when it is awake."""
         self._address = address
         self._on_state = on_state
         self._state = ASLEEP
@@ -332,7 +367,7 @@ class Link:
         if self._writer is not None:
             self._send(self._writer, Extend(number, credit.tokens, credit.final))
 
-    def _send(self, writer: asyncio.StreamWriter, asked: Asked) -> None:
+    def _send(self, writer: asyncio.StreamWriter, asked: Open | Extend | Abort | Taken) -> None:
         with contextlib.suppress(OSError):  # the reader notices, too, and says so to all streams
             write_frame(writer, encode(asked))
 
@@ -357,33 +392,48 @@ class Link:
             raise
 
     async def _connect(self) -> asyncio.StreamWriter:
+        """Look for it until it is there: what is known may be where it was before it died."""
         try:
             async with asyncio.timeout(REPLICA_TIMEOUT_S):
-                found = await self._address()
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                reader, writer = await asyncio.open_connection(found.host, found.port)
-        except (OSError, TimeoutError) as error:
-            raise EngineFailed(f"the replica cannot be reached: {error!r}") from error
-        tune(writer)
-        write_frame(writer, found.secret.encode())
+                while True:
+                    with contextlib.suppress(*UNREACHED):
+                        found = await self._address()
+                        if found is not None:
+                            return await self._connect_to(found)
+                    await asyncio.sleep(ADDRESS_RETRY_S)
+        except TimeoutError as error:
+            raise EngineFailed("the replica cannot be reached") from error
+
+    async def _connect_to(self, found: Address) -> asyncio.StreamWriter:
+        """Connected is who has been told the replica's state."""
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            reader, writer = await asyncio.open_connection(found.host, found.port)
+            try:
+                tune(writer)
+                write_frame(writer, found.secret.encode())
+                news = decode_news(await read_frame(reader))
+            except BaseException:
+                writer.close()
+                raise
         self._writer = writer
-        self._reading = asyncio.create_task(self._read_forever(reader, writer))
+        self._reading = asyncio.create_task(self._read_forever(reader, writer, news))
         return writer
 
     async def _read_forever(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, news: list[News]
     ) -> None:
         loop = asyncio.get_running_loop()
         try:
             while True:
-                for news in decode_news(await read_frame(reader)):
-                    if isinstance(news, State):
-                        self._state = news
+                for piece in news:
+                    if isinstance(piece, State):
+                        self._state = piece
                         self._on_state()
-                    elif (stream := self._streams.get(news.stream)) is not None:
-                        stream.put(news)
+                    elif (stream := self._streams.get(piece.stream)) is not None:
+                        stream.put(piece)
                 # The streams just woken run before this callback: their chunks are passed on.
                 loop.call_soon(self._send, writer, Taken(1))
+                news = decode_news(await read_frame(reader))
         except (OSError, asyncio.IncompleteReadError, msgspec.DecodeError) as error:
             logger.info("link lost: %r", error)
         finally:

@@ -9,9 +9,6 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
-
 from market import catalog
 from market.accounts import Account
 from market.catalog import Model
@@ -45,11 +42,8 @@ logger = logging.getLogger(__name__)
 REFRESH_S = 0.5
 # A request that could be served by what is known waits so long for news.
 LOOK_S = 0.5
-# A table waits so long for replicas that are new in it, less than until the scheduler misses us.
-FIND_S = 2.0
-# Threads that may wait for Serve's controller: tokenizers need some, too.
+# Threads that may wait to be told where replicas listen: tokenizers need some, too.
 ASKING_MAX = 2
-ADDRESS_RETRY_S = 0.2
 ANOTHER_POLL_S = 0.1
 # Whoever waits for a model to start is bounded in number, by tenant too, and in time.
 COLD_MAX = 256
@@ -77,27 +71,11 @@ class Prices(Protocol):
         ...
 
 
-def replica_link(handle: Any, on_state: Callable[[], None]) -> Link:
-    """The link to the replica behind a Ray Serve handle."""
-    ask = handle.options(method_name="address")
-
-    async def address() -> Address:
-        while True:
-            try:
-                found: Address = await ask.remote()
-                return found
-            except (RayError, RayServeException) as error:
-                # Serve may not know yet that it is dead; asked again it waits for the next one.
-                logger.info("the replica of %s is gone: %s", handle.app_name, type(error).__name__)
-            await asyncio.sleep(ADDRESS_RETRY_S)
-
-    link = Link(address, on_state)
-    link.connect()
-    return link
-
-
 class LiveRoutes:
-    """The Routes port: a table refreshed twice a second; ``cards`` are prices kept at hand."""
+    """The Routes port: a table refreshed twice a second; ``cards`` are prices kept at hand.
+
+    ``find_entry`` says where an application's process listens (link.Address, packed), if it does.
+    """
 
     def __init__(
         self,
@@ -105,13 +83,13 @@ class LiveRoutes:
         exchange: Callable[[], Awaitable[RouteTable]],
         prices: Prices,
         cards: Callable[[], Mapping[str, RateCard]],
-        handle_of: Callable[[str], Any],
+        find_entry: Callable[[str], bytes | None],
         on_unpriced: Callable[[str], None] = lambda _model: None,
         on_cold: Callable[[str, float], None] = lambda _model, _seconds: None,
     ) -> None:
         self._exchange = exchange
         self._prices = prices
-        self._handle_of = handle_of
+        self._find_entry = find_entry
         self._on_unpriced = on_unpriced
         self._on_cold = on_cold
         self._table = RouteTable((), ())
@@ -119,7 +97,6 @@ class LiveRoutes:
         self._cards = cards
         self._engines: dict[str, Link] = {}
         self._serving: set[str] = set()
-        self._looking: set[str] = set()
         self._asking = asyncio.Semaphore(ASKING_MAX)
         self._leaving: list[tuple[str, Link]] = []
         self._added: tuple[Model, ...] = ()
@@ -174,55 +151,37 @@ class LiveRoutes:
                 await self.refresh()
 
     async def _refresh(self) -> None:
-        """Routes whose application Serve does not know, or not yet, are not ready."""
         table = await self._exchange()
         serving = {route.app_name for route in table.ready}
         ahead = {*(route.app_name for route in table.early), *table.standby} - serving
-        new = (serving | ahead) - self._engines.keys() - self._looking
-        self._looking |= new
-        looks = {app: self._spawn(self._find_replica(app)) for app in new}
-        if wanted := [looks[app] for app in serving & new]:
-            await asyncio.wait(wanted, timeout=FIND_S)
-        engines = {app: link for app, link in self._engines.items() if app in serving | ahead}
+        known = self._engines
+        engines = {app: known.get(app) or self._link_to(app) for app in serving | ahead}
         for app in ahead & self._serving:  # it was withdrawn: what it said before counts no more
-            if app in engines:
-                engines[app].doubt()
+            engines[app].doubt()
         self._serving = serving
-        for app, link in self._engines.items():
+        for app, link in known.items():
             if app not in engines:
                 self._spawn(self._leave(app, link))
         waking = [entry.model for entry in table.starting if entry.wakes]
         for model in (*(route.model for route in table.ready), *waking):
             self._prompters.load_ahead(model)
-        gone = [route for route in table.ready if route.app_name not in engines]
         self._engines = engines
         for link in engines.values():
             link.connect()  # whoever could not be reached is tried again, though others serve
-        self._table = replace(
-            table,
-            ready=tuple(route for route in table.ready if route.app_name in engines),
-            starting=(
-                *table.starting,
-                *(NotReady(r.model, r.deployment_id, r.tenant_id, "starting") for r in gone),
-            ),
-        )
+        self._table = table
         self._awoken()
         self._rules = {}
         for rule in table.rules:
             self._rules.setdefault(rule.tenant_id, []).append(rule)
         self._tell_waiters()
 
-    async def _find_replica(self, app: str) -> None:
-        """Ask Serve's controller, which may be slow or away: nobody waits for it long."""
-        try:
+    def _link_to(self, app: str) -> Link:
+        async def address() -> Address | None:
             async with self._asking:
-                handle = await asyncio.to_thread(self._handle_of, app)
-        except (RayError, RayServeException) as error:
-            logger.info("application %s is not there yet: %s", app, type(error).__name__)
-        else:
-            self._engines[app] = replica_link(handle, self._awoken)
-        finally:
-            self._looking.discard(app)
+                entry = await asyncio.to_thread(self._find_entry, app)
+            return None if entry is None else Address.unpack(entry)
+
+        return Link(address, self._awoken)
 
     def _awoken(self) -> None:
         """A replica may have said that it is awake: it need not wait for the next table."""
@@ -485,11 +444,10 @@ class LiveRoutes:
         finally:
             self._leaving.remove((app, link))
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-        return task
 
     def _find(self, model: str, principal: Principal) -> Route | NotReady | None:
         """The least busy replica that this key may use; why there is none; None if unknown.

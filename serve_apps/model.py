@@ -26,6 +26,7 @@ import ray
 from ray import serve
 
 from market.catalog import Model
+from market.cluster import directory
 from market.cluster.agent import REPLICA_VARIABLE
 from market.cluster.engines import sleeps
 from market.cluster.models import fetch
@@ -43,6 +44,7 @@ from market.types import (
     ReplicaState,
     Sampling,
     TokenCounts,
+    app_name,
 )
 from serve_apps.engines.base import (
     EngineSettings,
@@ -58,7 +60,6 @@ from serve_apps.link import ASLEEP, Address, LinkServer
 logger = logging.getLogger(__name__)
 
 REPLICA_CPUS = 0.5
-ONGOING_MAX = 256  # calls through Serve: addresses only
 # Gateways queue and know its places a little late; one request may have several answers.
 ROOM = 2
 CONSTRUCTOR_TRIES = 3
@@ -116,9 +117,12 @@ class ModelReplica:
         self._served_tokens = 0
         self._said_s = float("-inf")
         self._replica = uuid.uuid4().hex[:12]  # of this process: its count starts at zero
-        self._host = ray.util.get_node_ip_address()
-        self._link = LinkServer(self.generate)
-        await self._link.start(self._host)
+        host = ray.util.get_node_ip_address()
+        self._link = LinkServer(self.generate, self.adopt)
+        await self._link.start(host)
+        address = Address(host, self._link.port, self._link.secret)
+        name = app_name(os.environ[REPLICA_VARIABLE])
+        await asyncio.to_thread(directory.publish, name, address.pack())
         await asyncio.to_thread(warm_engine, engine, rehearses=rehearses)
 
     async def reconfigure(self, settings: dict[str, Any]) -> None:
@@ -134,11 +138,8 @@ class ModelReplica:
             elif wanted.asleep == self._awake.is_set():
                 await self._sleep_or_wake(self._engine, wanted.asleep)
 
-    async def adopt(self, settings: dict[str, Any]) -> None:
-        """Begin what Serve will ask in a quarter of a second. What it has said itself counts.
-
-        Serve waits for calls when it stops a replica, so this one does not wait for the load.
-        """
+    def adopt(self, settings: dict[str, Any]) -> None:
+        """Begin what Serve will ask in a quarter of a second. What it has said itself counts."""
         self._adopting = asyncio.create_task(self._adopt(settings))
 
     async def _adopt(self, settings: dict[str, Any]) -> None:
@@ -204,10 +205,6 @@ class ModelReplica:
                     pass
         except MarketError as error:
             logger.warning("warming up: %s", error)
-
-    async def address(self) -> Address:
-        """Where gateways find this replica's link, and the secret that it wants to see."""
-        return Address(self._host, self._link.port, self._link.secret)
 
     async def generate(
         self, request: EngineRequest, credit: Credit
@@ -365,7 +362,6 @@ def _application(
     served = serve.deployment(
         name="replica",
         num_replicas=1,
-        max_ongoing_requests=ONGOING_MAX,
         max_constructor_retry_count=CONSTRUCTOR_TRIES,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from market.catalog import Model
+from market.cluster import directory
 from market.cluster.agent import AgentClient, memory_is_free
 from market.cluster.engines import require_engine, sleeps
 from market.cluster.models import model_path
 from market.cluster.node import NODE_LABEL
 from market.config import Config
 from market.types import (
-    APP_PREFIX,
     AppStatus,
     ClusterView,
     Deployment,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 MODEL_APP = "serve_apps.model:build_app"
 MODEL_SETTINGS = "serve_apps.model:settings_of"
 SPARE_APP = "serve_apps.model:build_spare"
+ADOPT = "serve_apps.link:adopt"
 END_PATIENCE_S = 10.0
 RUNNING, RECOVERING, DEPLOY_FAILED = "RUNNING", "RECOVERING", "DEPLOY_FAILED"
 # While settings are being changed, what is seen is half of before and half of after.
@@ -48,7 +49,6 @@ class ServeCluster:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._agents = AgentClient()
-        self._spares: dict[str, Any] = {}
 
     def check(self, model: Model, engine: str) -> None:
         """Raises InvalidRequest or NotFound if the engine or the model's files are missing."""
@@ -65,24 +65,9 @@ class ServeCluster:
             if node["Alive"] and NODE_LABEL in node.get("Labels", {})
         )
         details = _get_global_client().get_serve_details()
-        apps = {name: _status(app) for name, app in details["applications"].items()}
-        self._find_spares(apps)
-        return ClusterView(nodes, apps)
-
-    def _find_spares(self, apps: Mapping[str, AppStatus]) -> None:
-        """A handle needs a while to find its process: not when somebody waits."""
-        from ray import serve
-        from ray.serve.exceptions import RayServeException
-
-        spares, self._spares = self._spares, {}
-        for name, app in apps.items():
-            if not (name.startswith(APP_PREFIX) and app.run and not app.replica_id):
-                continue
-            with contextlib.suppress(RayServeException):  # it has just gone
-                if name not in spares:
-                    spares[name] = serve.get_app_handle(name)
-                    spares[name].options(method_name="address").remote()
-                self._spares[name] = spares[name]
+        return ClusterView(
+            nodes, {name: _status(app) for name, app in details["applications"].items()}
+        )
 
     def start(self, replica: Replica, deployment: Deployment, model: Model, offer: Offer) -> None:
         """Begin to run a replica's application, or to change it in place."""
@@ -95,15 +80,9 @@ class ServeCluster:
             self._config.sequences,
         )
         if replica.process and replica.state is ReplicaState.STARTING:
-            self._adopt(replica.app_name, settings)
+            _adopt(replica.app_name, settings)
         app = import_builder(MODEL_APP)(replica, deployment, offer, settings)
         run_application(app, replica.app_name, route_prefix=None)
-
-    def _adopt(self, name: str, settings: Mapping[str, Any]) -> None:
-        """Tell a spare process its model before Serve does; if it cannot be told, Serve will."""
-        spare = self._spares.get(name)
-        if spare is not None:
-            spare.options(method_name="adopt").remote(settings)
 
     def start_spare(self, spare: Spare, offer: Offer) -> None:
         """Begin to run a process that waits for a model."""
@@ -119,6 +98,7 @@ class ServeCluster:
         from ray import serve
 
         serve.delete(app_name, _blocking=False)
+        directory.forget(app_name)
 
     def residents(self, node_id: str) -> frozenset[str]:
         """Replicas with processes on a node. Raises Overloaded if it does not answer."""
@@ -158,6 +138,14 @@ class ServeCluster:
 
     def _models_dir(self, offer: Offer) -> str:
         return offer.models_dir or str(self._config.models_dir)
+
+
+def _adopt(name: str, settings: dict[str, Any]) -> None:
+    """Tell a spare process its model before Serve does; if it cannot be told, Serve will."""
+    entry = directory.find(name)
+    if entry is not None:
+        with contextlib.suppress(OSError):
+            import_builder(ADOPT)(entry, settings)
 
 
 def import_builder(path: str) -> "Callable[..., Any]":

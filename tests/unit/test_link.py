@@ -18,7 +18,7 @@ from market.types import (
     TokenLogprob,
 )
 from serve_apps.frames import Abort, Open, State, Taken, merge
-from serve_apps.link import Address, Link, LinkServer
+from serve_apps.link import Address, Link, LinkServer, adopt
 
 HOST = "127.0.0.1"
 
@@ -217,7 +217,8 @@ async def test_a_bug_in_the_engine_is_a_failed_engine(caplog):
             await read(link)
 
 
-async def test_without_the_secret_nothing_is_served():
+async def test_without_the_secret_nothing_is_served(monkeypatch):
+    monkeypatch.setattr("serve_apps.link.REPLICA_TIMEOUT_S", 0.3)
     engine = Engine()
     async with linked(engine) as (server, _):
 
@@ -225,7 +226,7 @@ async def test_without_the_secret_nothing_is_served():
             return Address(HOST, server.port, "guessed")
 
         stranger = Link(address)
-        with pytest.raises(EngineFailed, match="gone"):
+        with pytest.raises(EngineFailed, match="cannot be reached"):
             await read(stranger)
         await stranger.close()
     assert engine.produced == 0
@@ -291,12 +292,42 @@ async def test_who_gives_up_waiting_is_cancelled():
     await link.close()
 
 
-async def test_nobody_listens():
+async def test_nobody_listens(monkeypatch):
+    monkeypatch.setattr("serve_apps.link.REPLICA_TIMEOUT_S", 0.3)
+
     async def address():
         return Address(HOST, 1, "x")
 
     with pytest.raises(EngineFailed, match="cannot be reached"):
         await read(Link(address))
+
+
+async def test_one_that_died_is_found_again_where_it_is_then():
+    async with linked(Engine(3)) as (server, _):
+        died, known = Address(HOST, 1, "x"), []
+
+        async def address():
+            known.append(died if not known else Address(HOST, server.port, server.secret))
+            return known[-1]
+
+        another = Link(address)
+        assert text(await read(another)) == "0 1 2 "
+        await another.close()
+    assert len(known) == 2
+
+
+async def test_process_is_told_what_to_load():
+    told = []
+    server = LinkServer(Engine().generate, told.append)
+    await server.start(HOST)
+    entry = Address(HOST, server.port, server.secret).pack()
+    settings = {"model": "tiny-qwen", "place": {"gpu_indices": [0]}}
+    await asyncio.to_thread(adopt, entry, settings)
+    assert told == [settings]
+    stranger = Address(HOST, server.port, "guessed").pack()
+    await asyncio.to_thread(adopt, stranger, settings)
+    assert told == [settings]
+    await server.stop(0)
 
 
 async def test_a_replica_that_leaves_ends_its_answers_and_takes_no_more():

@@ -6,7 +6,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from ray.serve.exceptions import RayServeException
 
 from market.config import Config
 from market.errors import NoCapacity, Overloaded
@@ -27,19 +26,6 @@ class Prices:
         return SimpleNamespace(balance_pico=1)
 
 
-class Handle:
-    """What Serve gives: asks a replica for its address."""
-
-    def __init__(self, server):
-        self.server, self.app_name = server, ROUTE.app_name
-
-    def options(self, **_):
-        return self
-
-    async def remote(self):
-        return Address("127.0.0.1", self.server.port, self.server.secret)
-
-
 @pytest.fixture
 async def here(tmp_path, monkeypatch):
     """Routes over what the test says is the table, and a replica's process that listens."""
@@ -54,13 +40,13 @@ async def here(tmp_path, monkeypatch):
     async def exchange():
         return routes.told
 
-    def handle_of(app):
+    def find_entry(app):
         if app != ROUTE.app_name:
-            raise RayServeException("no such application")
-        return Handle(server)
+            return None
+        return Address("127.0.0.1", server.port, server.secret).pack()
 
     config = Config(tmp_path, "http://127.0.0.1:1")
-    routes = LiveRoutes(config, exchange, Prices(), lambda: {ROUTE.model: CARD}, handle_of)
+    routes = LiveRoutes(config, exchange, Prices(), lambda: {ROUTE.model: CARD}, find_entry)
     routes.server, routes.told = server, RouteTable((), (COLD,))
     await routes.refresh()
     yield routes
@@ -170,28 +156,26 @@ async def test_spare_process_that_is_awake_for_nobody_is_no_route(here):
     assert here.pool(ROUTE.model, ACME, Lane.TOKENS) == COLD
 
 
-async def test_controller_that_does_not_answer_holds_no_table_up(here, monkeypatch):
-    """It is asked once for each replica; what is known serves, and the scheduler hears of us."""
-    monkeypatch.setattr(live, "FIND_S", 0.05)
-    await told(here, starting=(), ready=(ROUTE,))
-    answers, asked, handle_of = threading.Event(), [], here._handle_of
+async def test_one_whose_address_is_not_known_gets_nothing_while_another_serves(here):
+    lost = replace(ROUTE, app_name="another")
+    await told(here, starting=(), ready=(lost, ROUTE))
+    await until(lambda: link_of(here).connected)
+    assert here.pool(ROUTE.model, ACME, Lane.TOKENS) == ROUTE
+
+
+async def test_store_of_addresses_that_does_not_answer_holds_no_table_up(here, monkeypatch):
+    answers, find_entry = threading.Event(), here._find_entry
 
     def slow(app):
-        asked.append(app)
         answers.wait(10)
-        return handle_of(ROUTE.app_name)
+        return find_entry(app)
 
-    monkeypatch.setattr(here, "_handle_of", slow)
-    another = replace(ROUTE, model="another", app_name="another")
+    monkeypatch.setattr(here, "_find_entry", slow)
     for _ in range(3):
-        await asyncio.wait_for(told(here, ready=(ROUTE, another)), 5)
-    assert asked == ["another"]
-    assert here.pool(ROUTE.model, ACME, Lane.TOKENS) == ROUTE
-    assert here.pool("another", ACME, Lane.TOKENS).reason == "starting"
+        await asyncio.wait_for(told(here, starting=(), ready=(ROUTE,)), 5)
+    assert not link_of(here).connected
     answers.set()
-    await until(lambda: "another" in here._engines)
-    await here.refresh()
-    assert here.pool("another", ACME, Lane.TOKENS) == another
+    await until(lambda: link_of(here).connected)
 
 
 async def test_application_that_is_not_there_yet_is_no_route(here):

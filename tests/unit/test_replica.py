@@ -54,6 +54,8 @@ async def replica(monkeypatch, engines, tmp_path):
     monkeypatch.setattr(model, "start_engine", start)
     monkeypatch.setattr(model, "warm_engine", lambda _name, rehearses: None)
     monkeypatch.setattr(model, "fetch", lambda *_, **__: tmp_path)
+    monkeypatch.setenv(model.REPLICA_VARIABLE, "replica-1")
+    monkeypatch.setattr(model.directory, "publish", lambda *_: None)
     monkeypatch.setattr(model.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
     made = []
 
@@ -85,13 +87,13 @@ async def test_spare_loads_when_it_is_told_what(replica, engines):
 
 async def test_spare_may_be_told_before_serve_does_and_never_against_it(replica, engines):
     spare = await replica()
-    await spare.adopt(msgspec.to_builtins(SETTINGS))  # it does not wait for the load
+    spare.adopt(msgspec.to_builtins(SETTINGS))  # it does not wait for the load
     await asyncio.sleep(0)
     assert spare._changing.locked()
     assert engines == []
     await spare.reconfigure(msgspec.to_builtins(SETTINGS))
     await spare.reconfigure(msgspec.to_builtins(ASLEEP))
-    await spare.adopt(msgspec.to_builtins(SETTINGS))
+    spare.adopt(msgspec.to_builtins(SETTINGS))
     await spare._adopting
     assert len(engines) == 1
     assert engines[0].asleep
