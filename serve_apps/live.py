@@ -50,6 +50,7 @@ COLD_MAX = 256
 COLD_MAX_PER_TENANT = 64
 COLD_WAIT_S = 600.0
 COLD_REFRESH_S = 0.05
+COLD_HURRY_S = 30.0  # from the last who came; then tables are as old as ever
 COLD_RETRY_S = 10.0
 # A lease whose holder has just used it is not borrowed again for so long.
 WANTED_BACK_S = 3.0
@@ -106,6 +107,7 @@ class LiveRoutes:
         self._changed = asyncio.Event()
         self._cold: Counter[tuple[str, str]] = Counter()
         self._cold_now = asyncio.Event()
+        self._hurries_until_s = 0.0
         self._wanted_back: dict[str, float] = {}
 
     def know(self, added: tuple[Model, ...]) -> None:
@@ -207,7 +209,7 @@ class LiveRoutes:
                 await self.refresh()
             except Exception as error:  # noqa: BLE001  # a stale table is better than none
                 logger.warning("route table not refreshed: %s", error)
-            if self._cold:
+            if self._cold and time.monotonic() < self._hurries_until_s:
                 await asyncio.sleep(COLD_REFRESH_S)
             else:
                 with contextlib.suppress(TimeoutError):
@@ -323,6 +325,7 @@ class LiveRoutes:
         who = model, principal.subject_id
         began_s = time.monotonic()
         self._cold[who] += 1
+        self._hurries_until_s = began_s + COLD_HURRY_S
         self._cold_now.set()
         self._prompters.load_ahead(model)
         try:

@@ -348,7 +348,8 @@ class Elastic:
         found = self.room_after(deployment)
         if found is None:
             logger.info("%s cannot grow: %s", deployment.model, misfit.reason)
-            self._is_stuck(deployment, misfit.reason)
+            if not self._pools.next_places(self._core.find(deployment.model)):
+                self._is_stuck(deployment, misfit.reason)  # not by what other pools do
             return
         _, chosen = found
         if chosen:

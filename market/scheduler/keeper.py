@@ -89,7 +89,7 @@ class Keeper:
         self._sending: asyncio.Task[None] | None = None
         self._swept: set[str] = set()
         self._nodes_seen: set[str] = set()
-        self._asking: dict[str, asyncio.Task[Any]] = {}
+        self._asking: dict[str, tuple[asyncio.Task[Any], set[str]]] = {}
         self._silent_s: dict[str, float] = {}
         self._tidied_s = float("-inf")
 
@@ -134,7 +134,7 @@ class Keeper:
 
     async def stop(self) -> None:
         """End what is under way."""
-        tasks = [*self._working.values(), *self._asking.values()]
+        tasks = [*self._working.values(), *(task for task, _ in self._asking.values())]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -334,25 +334,28 @@ class Keeper:
         alive = {o.node_id for o in offers}
         nodes = {r.place.node_id for r in freeing} | alive - self._swept
         clock_s = self._core.clock.monotonic()
-        self._asking = {name: task for name, task in self._asking.items() if not task.done()}
         self._silent_s = {n: s for n, s in self._silent_s.items() if clock_s - s < SILENT_RETRY_S}
-        asked = {
-            node_id: asyncio.create_task(self._ask_node(node_id, freeing))
-            for node_id in sorted(nodes & alive - self._asking.keys() - self._silent_s.keys())
-        }
-        self._asking |= asked
-        if asked:
-            await asyncio.wait(asked.values(), timeout=ANSWER_PATIENCE_S)
+        fresh = []
+        for node_id in sorted(nodes & alive - self._asking.keys() - self._silent_s.keys()):
+            here = [replica for replica in freeing if replica.place.node_id == node_id]
+            task = asyncio.create_task(self._ask_node(node_id, here))
+            self._asking[node_id] = task, {replica.replica_id for replica in here}
+            fresh.append(task)
+        if fresh:
+            await asyncio.wait(fresh, timeout=ANSWER_PATIENCE_S)
         residents: dict[str, frozenset[str]] = {}
         taken: set[tuple[str, int]] = set()
-        for node_id, task in asked.items():
-            answer = task.result() if task.done() else None
+        for node_id, (task, asked) in list(self._asking.items()):
+            if not task.done():
+                continue  # what it says counts in a later round
+            del self._asking[node_id]
+            answer = task.result()
             if answer is None:
                 self._silent_s[node_id] = clock_s
-                continue
-            residents[node_id] = answer[0]
-            taken.update((node_id, index) for index in answer[1])
-            self._swept.add(node_id)
+            elif asked.issuperset(r.replica_id for r in freeing if r.place.node_id == node_id):
+                residents[node_id] = answer[0]
+                taken.update((node_id, index) for index in answer[1])
+                self._swept.add(node_id)
         return residents, frozenset(taken)
 
     async def _ask_node(
@@ -360,8 +363,7 @@ class Keeper:
     ) -> tuple[frozenset[str], frozenset[int]] | None:
         """The replicas with processes there, and the GPUs being freed that are in use."""
         others, cluster = self._others_milli(node_id), self._core.cluster
-        gpus = {i: others.get(i, 0) for r in freeing for i in r.place.gpu_indices
-                if r.place.node_id == node_id}  # fmt: skip
+        gpus = {index: others.get(index, 0) for r in freeing for index in r.place.gpu_indices}
         try:
             found = await asyncio.to_thread(cluster.residents, node_id)
             return found, await asyncio.to_thread(cluster.memory_taken, node_id, gpus)
