@@ -70,6 +70,7 @@ LEASE_DRAIN_S = 15
 # Of a replica's time to drain, what its engine needs to end its processes.
 CLOSE_S = 5
 STREAMS_POLL_S = 0.05
+COMPILED = ".compiled"  # beside the models, and no model
 # Of its share of a card an engine uses this much: contexts and fragments need the rest.
 GPU_MEMORY_USED = 0.95
 TELL_EVERY_S = 10.0
@@ -161,6 +162,7 @@ class ModelReplica:
             tool_parser=model.tool_parser,
             reasoning_parser=model.reasoning_parser,
             embeds=model.embeds,
+            compiled=models_dir / COMPILED,
         )
         # A spare process did not know its GPUs when it started.
         os.environ.update(visible_gpus(settings.place, settings.logical))

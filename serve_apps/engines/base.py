@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 class EngineSettings:
     """How to load a model. ``gpu_fraction`` is the share of each card's memory, 0 without a GPU.
 
+    What an engine compiles for a GPU it keeps in ``compiled``, so that the node does it once.
     Parsers are those of vLLM, by name. A model that ``embeds`` makes vectors.
     """
 
@@ -29,6 +30,7 @@ class EngineSettings:
     tool_parser: str = ""
     reasoning_parser: str = ""
     embeds: bool = False
+    compiled: Path | None = None
 
 
 class LoadedEngine(Protocol):

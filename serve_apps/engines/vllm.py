@@ -84,6 +84,8 @@ async def start(settings: EngineSettings) -> "VllmEngine":
         if settings.tensor_parallel > 1:
             # vLLM wants a NUMA node per worker to bind threads; logical GPUs share one machine.
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    elif settings.compiled is not None:
+        os.environ.setdefault("VLLM_CACHE_ROOT", str(settings.compiled))
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
