@@ -244,12 +244,13 @@ def place_pool(
     cpu_memory_mib: Mapping[str, int],
     now: datetime,
     on_disk: Mapping[str, Collection[str]],
+    in_memory: Mapping[str, Collection[str]],
 ) -> tuple[Place, ...] | Misfit:
     """Places for a pool's replicas without an end: shares of GPUs, cheapest first, else CPUs.
 
     By offer, ``free_milli`` is what is free of each GPU without an end, and ``cpu_memory_mib`` what
-    is taken of the memory of nodes without GPUs. Among equals a node with the model on its disk
-    (``on_disk``, by node) is preferred.
+    is taken of the memory of nodes without GPUs. Among equals a node is preferred that has the
+    model in its memory, then one that has it on its disk (``in_memory``, ``on_disk``, by node).
     """
     usable = [offer for offer in offers if takes_pools(offer, now)]
     rooms = {
@@ -257,10 +258,16 @@ def place_pool(
         for offer in usable
         if offer.gpus and not (offer.logical and not model.runs_on_cpu)
     }
+    far = {
+        offer.node_id: sum(
+            model.name not in there.get(offer.node_id, ()) for there in (on_disk, in_memory)
+        )
+        for offer in usable
+    }
     taken = dict(cpu_memory_mib)
     places: list[Place] = []
     for _ in range(replicas):
-        place = _gpu_place(model, usable, rooms, on_disk) or _cpu_place(model, usable, taken)
+        place = _gpu_place(model, usable, rooms, far) or _cpu_place(model, usable, taken)
         if place is None:
             times = f"{replicas} times " if replicas > 1 else ""
             have = _have([*rooms.values()], usable, taken)
@@ -273,7 +280,7 @@ def _gpu_place(
     model: Model,
     offers: Sequence[Offer],
     rooms: dict[str, NodeRoom],
-    on_disk: Mapping[str, Collection[str]],
+    far: Mapping[str, int],
 ) -> Place | None:
     for ask_pico in sorted({offer.ask_pico for offer in offers}):
         options = []
@@ -284,8 +291,7 @@ def _gpu_place(
             request = ShareRequest(1, share, 0)
             chosen = placement.choose([rooms[offer.offer_id]], request, ())
             if chosen is not None:
-                away = model.name not in on_disk.get(offer.node_id, ())
-                options.append((share, away, offer.offer_id, offer, chosen))
+                options.append((share, far[offer.node_id], offer.offer_id, offer, chosen))
         if options:
             share, _, _, offer, chosen = min(options, key=lambda option: option[:3])
             room = rooms[offer.offer_id]

@@ -178,7 +178,9 @@ class Pools:
         leaving = pools if emptied else []
         free = {offer.offer_id: core.free_milli(offer, leaving) for offer in core.offers}
         now = core.clock.now()
-        return matching.place_pool(model, replicas, core.offers, free, taken, now, core.on_disk)
+        return matching.place_pool(
+            model, replicas, core.offers, free, taken, now, core.on_disk, core.in_memory
+        )
 
     def _require_paid(self, bounds: Bounds, model: Model, places: Iterable[Place]) -> None:
         """Raises InvalidRequest if a budget pays for none of these, nor for the next."""

@@ -1,10 +1,12 @@
 """What replicas cost to hold, to start and to wake: measured, by what there was before."""
 
+from collections.abc import Iterable
+
 from market.autoscaling import Costs
 from market.catalog import Model
 from market.scheduler.core import Core
 from market.scheduler.pools import Pools
-from market.types import Deployment, Replica, ReplicaState, StartCost, StartFrom
+from market.types import Deployment, Place, Replica, ReplicaState, StartCost, StartFrom
 
 # Until a start was measured: imports, set-up, then the weights at the speed of what they are read
 # from: a disk, or the host's memory.
@@ -60,7 +62,7 @@ class Starts:
         can = [self._core.cluster.can_sleep(deployment.engine, offer) for offer in physical]
         return Costs(
             max((self._core.hour_pico(place) for place in places), default=0),
-            cost_s(StartFrom.SPARE if self._core.config.spares else StartFrom.COLD),
+            cost_s(self._will_begin_from(model, places)),
             cost_s(StartFrom.ASLEEP) if can and all(can) else None,
         )
 
@@ -102,6 +104,12 @@ class Starts:
         deployment = self._core.state.deployments.get(replica.deployment_id)
         there = self._core.on_disk.get(replica.place.node_id)
         return deployment is not None and (there is None or deployment.model in there)
+
+    def _will_begin_from(self, model: Model, places: Iterable[Place]) -> StartFrom:
+        if self._core.config.spares:
+            return StartFrom.SPARE
+        nodes = [self._core.in_memory.get(place.node_id, ()) for place in places]
+        return StartFrom.HOST if nodes and all(model.name in n for n in nodes) else StartFrom.COLD
 
     def _begun_from(self, replica: Replica) -> StartFrom:
         if replica.process:

@@ -224,6 +224,16 @@ class TestElasticPools:
             assert cost.start_id.startswith("tiny-qwen/transformers/a10")
             assert 35 <= cost.seconds <= 41  # rounds are five seconds apart here
 
+    async def test_without_spares_weights_in_memory_make_the_next_start_shorter(
+        self, farm
+    ):
+        async with farm.opened() as scheduler:
+            first, _ = await pool(scheduler, minimum=0, maximum=1)
+            starts = scheduler._elastic._starts
+            cold_s = starts.costs(first, []).start_s
+            scheduler._core.in_memory["farm"] = frozenset({"tiny-qwen"})
+            assert starts.costs(first, []).start_s < cold_s
+
     async def test_neither_a_download_nor_a_node_out_of_sight_is_a_start(self, farm):
         async with farm.opened() as scheduler:
             await scheduler.stored_models()  # the disk is empty

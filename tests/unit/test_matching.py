@@ -318,10 +318,11 @@ class TestEarliest:
 class TestPool:
     LAPTOP = offer("laptop", "0", (), memory_mib=4_000)
 
-    def places(self, model, replicas, *offers, calendar=None, cpu=None, on_disk=None):
+    def places(self, model, replicas, *offers, calendar=None, cpu=None, disks=None, memory=None):
         calendar = calendar or calendar_of(*offers)
         free = {o.offer_id: calendar.room(o.node_id, micros(NOON), None) for o in offers}
-        return place_pool(model, replicas, offers, free, cpu or {}, NOON, on_disk or {})
+        stored = disks or {}, memory or {}
+        return place_pool(model, replicas, offers, free, cpu or {}, NOON, *stored)
 
     def test_share_follows_from_memory(self):
         assert self.places(QWEN, 1, offer()) == (Place("server", "server", (0,), 706),)
@@ -348,11 +349,13 @@ class TestPool:
         nodes = [p.node_id for p in self.places(QWEN, 2, *offers, calendar=calendar)]
         assert nodes == ["b", "a"]
 
-    def test_among_equals_one_with_the_model_on_its_disk(self):
-        offers = [offer("a"), offer("b"), offer("c", "9")]
-        on_disk = {"b": {"qwen-7b"}, "c": {"qwen-7b"}}
-        (place,) = self.places(QWEN, 1, *offers, on_disk=on_disk)
+    def test_among_equals_one_with_the_model_on_its_disk_and_best_in_its_memory(self):
+        offers = [offer("a"), offer("b"), offer("c", "9"), offer("d")]
+        disks = {name: {"qwen-7b"} for name in ("b", "c", "d")}
+        (place,) = self.places(QWEN, 1, *offers, disks=disks)
         assert place.node_id == "b"
+        (place,) = self.places(QWEN, 1, *offers, disks=disks, memory={"d": {"qwen-7b"}})
+        assert place.node_id == "d"
 
     def test_memory_of_nodes_without_gpus_if_there_are_none(self):
         assert self.places(TINY, 3, self.LAPTOP) == (Place("laptop", "laptop"),) * 3
