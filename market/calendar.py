@@ -112,6 +112,7 @@ class _Node:
         self.load.times.append(FOREVER)
         self.load.values.append(1)
         self.bookings: dict[str, _Booking] = {}
+        self.changes = 0
 
     def blocked(self, booking: _Booking, start: int) -> tuple[int, int | None] | None:
         """When and where (None: on all GPUs) it lacks something from start on; None if it fits."""
@@ -126,6 +127,7 @@ class _Node:
 
     def add(self, sign: int, booking: _Booking, start: int) -> None:
         """Add (1) or take away (-1) what the booking needs from start to its end."""
+        self.changes += 1
         milli, end = sign * booking.gpu_milli, booking.end
         for index in booking.gpu_indices:
             gpu = self.gpus[index]
@@ -295,6 +297,10 @@ class Calendar:
         some = sorted((i for i, milli in enumerate(free) if milli), key=lambda i: (-free[i], i))
         had = node.together(some, stop, len(some))
         return tuple([milli if index in had else 0 for index, milli in enumerate(free)])
+
+    def changes(self, node_id: str) -> int:
+        """Grows with every booking there that is made, changed or cut: room is as it was, else."""
+        return self._nodes[node_id].changes
 
     def any_room(self, node_id: str, start: int, end: int | None) -> bool:
         """Whether ``book_any`` would go through."""

@@ -5,7 +5,7 @@ The cheapest offer that fits wins; among equal asks placement decides; ties end 
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from market import placement
@@ -228,9 +228,14 @@ def takes_pools(offer: Offer, now: datetime) -> bool:
     return offer.state is OfferState.OPEN and offer.available_until is None and begun
 
 
+def runs_on(model: Model, offer: Offer) -> bool:
+    """Whether a model can run on a node's GPUs, if they are large enough."""
+    return bool(offer.gpus) and (model.runs_on_cpu or not offer.logical)
+
+
 def share_milli(model: Model, offer: Offer) -> int | None:
     """The part of one GPU of a node that a pool's replica needs; None if it cannot run on one."""
-    if not offer.gpus or (offer.logical and not model.runs_on_cpu):
+    if not runs_on(model, offer):
         return None
     milli = -(-model.memory_mib * 1000 // min(gpu.memory_mib for gpu in offer.gpus))
     return milli if milli <= WHOLE_MILLI else None
@@ -253,54 +258,37 @@ def place_pool(
     model in its memory, then one that has it on its disk (``in_memory``, ``on_disk``, by node).
     """
     usable = [offer for offer in offers if takes_pools(offer, now)]
-    rooms = {
-        offer.offer_id: node_room(offer, free_milli[offer.offer_id])
-        for offer in usable
-        if offer.gpus and not (offer.logical and not model.runs_on_cpu)
-    }
-    far = {
-        offer.node_id: sum(
-            model.name not in there.get(offer.node_id, ()) for there in (on_disk, in_memory)
-        )
-        for offer in usable
-    }
+    free = {o.offer_id: [*free_milli[o.offer_id]] for o in usable if runs_on(model, o)}
+    fitting = []
+    for offer in usable:
+        share = share_milli(model, offer)
+        if share is not None:
+            homes = [model.name in there.get(offer.node_id, ()) for there in (on_disk, in_memory)]
+            fitting.append((offer.ask_pico, share, homes.count(False), offer.offer_id, offer))
+    fitting.sort(key=lambda option: option[:4])
     taken = dict(cpu_memory_mib)
     places: list[Place] = []
     for _ in range(replicas):
-        place = _gpu_place(model, usable, rooms, far) or _cpu_place(model, usable, taken)
+        place = _gpu_place(fitting, free) or _cpu_place(model, usable, taken)
         if place is None:
             times = f"{replicas} times " if replicas > 1 else ""
-            have = _have([*rooms.values()], usable, taken)
-            return Misfit(f"{model.name} needs {times}{_need(model)}; {have}")
+            return Misfit(f"{model.name} needs {times}{_need(model)}; {_have(usable, free, taken)}")
         places.append(place)
     return tuple(places)
 
 
 def _gpu_place(
-    model: Model,
-    offers: Sequence[Offer],
-    rooms: dict[str, NodeRoom],
-    far: Mapping[str, int],
+    fitting: Iterable[tuple[int, int, int, str, Offer]], free: dict[str, list[int]]
 ) -> Place | None:
-    for ask_pico in sorted({offer.ask_pico for offer in offers}):
-        options = []
-        for offer in (o for o in offers if o.ask_pico == ask_pico and o.offer_id in rooms):
-            share = share_milli(model, offer)
-            if share is None:
-                continue
-            request = ShareRequest(1, share, 0)
-            chosen = placement.choose([rooms[offer.offer_id]], request, ())
-            if chosen is not None:
-                options.append((share, far[offer.node_id], offer.offer_id, offer, chosen))
-        if options:
-            share, _, _, offer, chosen = min(options, key=lambda option: option[:3])
-            room = rooms[offer.offer_id]
-            gpus = list(room.gpus)
+    """The first of these (ask, share, what its node lacks, offer) with room, which it takes."""
+    for _, share, _, _, offer in fitting:
+        room = free[offer.offer_id]
+        if max(room) < share:
+            continue
+        chosen = placement.choose([node_room(offer, room)], ShareRequest(1, share, 0), ())
+        if chosen is not None:
             (position,) = chosen.gpu_indices
-            free = gpus[position].milli - share
-            memory_mib = offer.gpus[position].memory_mib * free // 1000
-            gpus[position] = GpuRoom(free, memory_mib, gpus[position].domain)
-            rooms[offer.offer_id] = replace(room, gpus=tuple(gpus))
+            room[position] -= share
             gpu_indices = indices(offer, chosen.gpu_indices)
             return Place(offer.offer_id, offer.node_id, gpu_indices, share)
     return None
@@ -324,10 +312,16 @@ def _need(model: Model) -> str:
     return f"1 GPU with {gib} GiB free"
 
 
-def _have(rooms: Sequence[NodeRoom], offers: Sequence[Offer], taken: Mapping[str, int]) -> str:
-    free = [gpu.memory_mib for room in rooms for gpu in room.gpus]
-    if free:
-        return f"the freest of this cluster's {len(free)} has {max(free) // MIB_PER_GIB} GiB"
+def _have(
+    offers: Sequence[Offer], free: Mapping[str, Sequence[int]], taken: Mapping[str, int]
+) -> str:
+    room = [
+        gpu.memory_mib * milli // 1000
+        for offer in offers
+        for gpu, milli in zip(offer.gpus, free.get(offer.offer_id, ()), strict=False)
+    ]
+    if room:
+        return f"the freest of this cluster's {len(room)} has {max(room) // MIB_PER_GIB} GiB"
     left = [o.memory_mib - taken.get(o.offer_id, 0) for o in offers if not o.gpus]
     memory = max(left, default=0) // MIB_PER_GIB
     return f"this cluster has none (its freest node has {memory} GiB of memory left)"

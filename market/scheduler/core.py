@@ -39,6 +39,9 @@ from market.types import (
 
 logger = logging.getLogger(__name__)
 
+# What ends by itself on a node is noticed within so long.
+ROOM_S = 10.0
+
 
 class Cluster(Protocol):
     """Where applications run: Ray and Ray Serve, or a fake. All calls may block."""
@@ -190,6 +193,7 @@ class Core:
         self.spares: dict[str, Spare] = {}
         self.lock = asyncio.Lock()
         self._bookings: dict[str, str] = {}
+        self._rooms: dict[str, tuple[float, tuple[int, int], tuple[int, ...]]] = {}
         self._numbers = itertools.count()
 
     @property
@@ -257,6 +261,7 @@ class Core:
     def rebuild_calendar(self) -> None:
         """Book everything that holds GPUs, from the stored state."""
         self.calendar = Calendar()
+        self._rooms.clear()
         for offer in self.offers:
             self.calendar.set_node(offer.node_id, len(offer.gpus))
         # What was is settled: only from now on must everything fit together.
@@ -312,12 +317,22 @@ class Core:
 
     def free_milli(self, offer: Offer, leaving: Iterable[Replica] = ()) -> list[int]:
         """What is free of each of its GPUs without an end, when these replicas have left."""
-        free = list(self.calendar.room(offer.node_id, micros(self.clock.now()), None))
+        free = list(self._room(offer))
         for replica in leaving:
             if replica.place.offer_id == offer.offer_id and has_gpus(replica):
                 for position in matching.positions(offer, replica.place.gpu_indices):
                     free[position] += replica.place.gpu_milli
         return free
+
+    def _room(self, offer: Offer) -> tuple[int, ...]:
+        """Asked for every node by every pool in every round, so it is remembered for a while."""
+        node_id, now_s = offer.node_id, self.clock.monotonic()
+        changes = self.calendar.changes(node_id), len(offer.gpus)
+        known = self._rooms.get(node_id)
+        if known is None or known[1] != changes or now_s - known[0] >= ROOM_S:
+            room = self.calendar.room(node_id, micros(self.clock.now()), None)
+            known = self._rooms[node_id] = now_s, changes, room
+        return known[2]
 
     def hour_pico(self, place: Place) -> int:
         """What an hour of a place is offered for."""

@@ -16,6 +16,7 @@ from market.types import Bounds, Deployment, Mode, Offer, Place, Replica, Replic
 
 REPLICAS_MAX = 64
 KEEP_ALIVE_LEAST_S = 1.0
+LIKELY_S = 2.0
 
 
 class Pools:
@@ -23,6 +24,7 @@ class Pools:
 
     def __init__(self, core: Core) -> None:
         self._core = core
+        self._likely: dict[tuple[Model, bool], tuple[float, tuple[Place, ...]]] = {}
 
     async def open(
         self, model_name: str, engine: str | None, bounds: Bounds, dry_run: bool
@@ -194,13 +196,24 @@ class Pools:
                 param="max_spend",
             )
 
-    def next_places(self, model: Model) -> tuple[Place, ...]:
-        """Where the next replica goes, or would if others made room; () if it fits nowhere."""
-        for emptied in (False, True):
-            found = self.places(model, 1, emptied=emptied)
-            if not isinstance(found, Misfit):
-                return found
-        return ()
+    def next_places(self, model: Model, *, emptied: bool = True) -> tuple[Place, ...]:
+        """Where the next replica goes; () if it fits nowhere.
+
+        With ``emptied`` it may be where others would have to make room first.
+        """
+        found = self.places(model, 1)
+        if isinstance(found, Misfit) and emptied:
+            found = self.places(model, 1, emptied=True)
+        return () if isinstance(found, Misfit) else found
+
+    def likely_places(self, model: Model, *, emptied: bool = True) -> tuple[Place, ...]:
+        """``next_places`` a moment ago: for what is asked of every pool in every round."""
+        now_s, key = self._core.clock.monotonic(), (model, emptied)
+        known = self._likely.get(key)
+        if known is None or now_s - known[0] >= LIKELY_S:
+            self._likely = {k: v for k, v in self._likely.items() if now_s - v[0] < LIKELY_S}
+            known = self._likely[key] = now_s, self.next_places(model, emptied=emptied)
+        return known[1]
 
     def _is_physical(self, place: Place) -> bool:
         offer = self._core.state.offers[place.offer_id]

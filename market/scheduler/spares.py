@@ -11,7 +11,6 @@ from collections import Counter
 from dataclasses import replace
 
 from market import matching
-from market.matching import Misfit
 from market.scheduler.core import Core
 from market.scheduler.pools import Pools
 from market.types import (
@@ -122,8 +121,8 @@ class Spares:
         if len(core.running(deployment.deployment_id)) >= deployment.bounds.maximum:
             return []
         model = core.find(deployment.model)
-        places = self._pools.places(model, 1)
-        if not isinstance(places, Misfit):
+        places = self._pools.likely_places(model, emptied=False)
+        if places:
             return [place.offer_id for place in places]
         others = {
             replica.place.offer_id

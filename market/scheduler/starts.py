@@ -43,7 +43,7 @@ class Starts:
         """
         model = self._core.find(deployment.model)
         offers = self._core.state.offers
-        places = [replica.place for replica in present] or self._pools.next_places(model)
+        places = [replica.place for replica in present] or self._pools.likely_places(model)
         gpu_types = {offers[place.offer_id].gpu_type for place in places}
 
         def cost_s(begun: StartFrom) -> float:

@@ -224,9 +224,7 @@ class TestElasticPools:
             assert cost.start_id.startswith("tiny-qwen/transformers/a10")
             assert 35 <= cost.seconds <= 41  # rounds are five seconds apart here
 
-    async def test_without_spares_weights_in_memory_make_the_next_start_shorter(
-        self, farm
-    ):
+    async def test_without_spares_weights_in_memory_make_the_next_start_shorter(self, farm):
         async with farm.opened() as scheduler:
             first, _ = await pool(scheduler, minimum=0, maximum=1)
             starts = scheduler._elastic._starts
