@@ -426,3 +426,26 @@ class TestCaps:
             assert refused.allowance.resets_at == NOON.replace(hour=0) + DAY
             clock.advance(DAY.total_seconds())
             assert (await ledger.open_hold(asked)).hold.amount_pico == 3 * CHARGE
+
+
+async def test_forecasts_read_what_pools_were_asked_by_ten_minutes(ledger):
+    """Neither what ran on a lease, nor what is too old."""
+    hold = hold_request("a", wanted_pico=9 * CHARGE)
+    await ledger.open_hold(hold)
+    spill = replace(hold, hold_id="b", lane=Lane.SPILL)
+    await ledger.open_hold(spill)
+    lease = replace(hold, lane=Lane.LEASE)
+    later, old = NOON + timedelta(minutes=10), NOON - DAY
+    rows = [
+        record(hold, request_id="r1", duration_ms=1500),
+        record(spill, request_id="r2", duration_ms=500),
+        record(hold, request_id="r3", started_at=later, duration_ms=None),
+        record(hold, request_id="r4", started_at=old),
+        record(lease, request_id="r5", slice_id=None),
+    ]
+    await ledger.append("gw0", 1, 0, encode_batch(rows))
+    first = int(NOON.timestamp()) // 600
+    assert await ledger.arrivals(NOON) == [
+        (hold.model, first, 2, 2.0),
+        (hold.model, first + 1, 1, 0.0),
+    ]
