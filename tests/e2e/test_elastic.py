@@ -129,6 +129,34 @@ def test_bounds_are_shown_and_changed_by_deploying_again(cold):
     assert "1/1" in cold.cli_plain("deployments")
 
 
+def test_replica_that_is_too_many_leaves_under_load_and_loses_nothing(cold):
+    cold.cli("deploy", MODEL, "--replicas", "2")
+    wait_until(lambda: "2/2" in cold.cli_plain("deployments") or None, "the second replica", 120)
+    tenant, over = cold.tenant(), threading.Event()
+
+    def ask():
+        client, costs = tenant.client(), []
+        while not over.is_set():
+            raw = client.chat.completions.with_raw_response.create(
+                **ASKED | {"max_tokens": 100, "extra_body": {"ignore_eos": True}}
+            )
+            assert raw.parse().usage.completion_tokens == 100
+            costs.append(Decimal(raw.headers["x-market-cost"]))
+        return costs
+
+    with ThreadPoolExecutor(6) as threads:
+        asking = [threads.submit(ask) for _ in range(6)]
+        try:
+            cold.cli("deploy", MODEL, "--replicas", "1")
+            wait_until(lambda: len(cold.cli("deployments")[0]["places"]) == 1 or None, "its end")
+        finally:
+            over.set()
+        costs = [cost for each in asking for cost in each.result()]
+    rows = tenant.rows(len(costs))
+    assert set(rows["finish_reason"]) == {"length"}
+    assert rows["charge"].sum() == sum(costs) == 10 - tenant.settled()
+
+
 def test_model_of_the_hub_is_pulled_served_and_removed(market):
     """The hub's own client, over a hub of ours; the files are the tiny model's."""
     (row,) = market.cli("models", "pull", HUBS)
