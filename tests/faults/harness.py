@@ -9,6 +9,8 @@ Forking a process with everything imported keeps a case under a second or two.
 """
 
 import asyncio
+import logging
+import multiprocessing
 import os
 import pickle
 import random
@@ -323,41 +325,49 @@ def _unfinished(record):
 # -- the case -------------------------------------------------------------------------------
 
 
+# Readers have threads (polars, arrow), which a fork does not survive: children are forked from a
+# process that has imported all this and done nothing.
+_forking = multiprocessing.get_context("forkserver")
+_forking.set_forkserver_preload([__name__])
+
+
 class Child:
-    """A forked process."""
+    """A process of its own."""
 
     def __init__(self, work, *arguments) -> None:
         self.plan = arguments[-1]
         self.killed_by_case = False
-        self.pid = os.fork()
-        if self.pid == 0:
-            code = 1
-            try:
-                signal.set_wakeup_fd(-1)
-                work(*arguments)
-                code = 0
-            except BaseException:  # noqa: BLE001  # the parent sees the exit code
-                with (arguments[0].home / "failures").open("a") as file:
-                    traceback.print_exc(file=file)
-            finally:
-                os._exit(code)
-        self.status = None
+        self._process = _forking.Process(target=_in_child, args=(work, arguments))
+        self._process.start()
+
+    @property
+    def status(self) -> int | None:
+        """How it ended; less than zero: by that signal."""
+        return self._process.exitcode
 
     def alive(self) -> bool:
-        if self.status is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.status = os.waitstatus_to_exitcode(status)
-        return self.status is None
+        return self._process.is_alive()
 
     def died_at(self) -> str:
         return "any moment" if self.killed_by_case else self.plan.split(":")[0]
 
     def kill(self) -> None:
         if self.alive():
-            os.kill(self.pid, signal.SIGKILL)
-            _, status = os.waitpid(self.pid, 0)
-            self.status = os.waitstatus_to_exitcode(status)
+            self._process.kill()
+            self._process.join()
+
+
+def _in_child(work, arguments) -> None:
+    logging.disable(logging.CRITICAL)
+    code = 1
+    try:
+        work(*arguments)
+        code = 0
+    except BaseException:  # noqa: BLE001  # the parent sees the exit code
+        with (arguments[0].home / "failures").open("a") as file:
+            traceback.print_exc(file=file)
+    finally:
+        os._exit(code)
 
 
 def run_case(seed: int, home: Path, point: str | None = None) -> Case:

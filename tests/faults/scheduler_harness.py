@@ -231,6 +231,9 @@ class SharedCluster:
         fresh.replace(self._file)
 
     def __getattr__(self, method):
+        if method.startswith("__"):  # it travels to other processes
+            raise AttributeError(method)
+
         def call(*arguments):
             with self.opened() as world:
                 return getattr(world, method)(*arguments)
@@ -246,7 +249,7 @@ def fingerprint(state: State) -> int:
     """A sum over everything that is stored, types and all."""
     total = _digest(("sender", state.epoch, state.next_seq))
     shelves = (state.offers, state.orders, state.leases, state.deployments, state.replicas)
-    shelves += (state.starts,)
+    shelves += (state.starts, state.models)
     total += sum(_digest(value) for shelf in shelves for value in shelf.values())
     return total + sum(_digest((seq, *row)) for seq, row in state.outbox.items())
 
