@@ -241,6 +241,11 @@ def share_milli(model: Model, offer: Offer) -> int | None:
     return milli if milli <= WHOLE_MILLI else None
 
 
+def hour_pico(offer: Offer, gpu_milli: int) -> int:
+    """What an hour of so much of a GPU costs."""
+    return offer.ask_pico * gpu_milli // WHOLE_MILLI
+
+
 def place_pool(
     model: Model,
     replicas: int,

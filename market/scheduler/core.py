@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -195,6 +196,7 @@ class Core:
         self._bookings: dict[str, str] = {}
         self._rooms: dict[str, tuple[float, tuple[int, int], tuple[int, ...]]] = {}
         self._numbers = itertools.count()
+        self._grouped: tuple[tuple[int, int], dict[str, list[Replica]]] = (0, 0), {}
 
     @property
     def state(self) -> State:
@@ -213,6 +215,13 @@ class Core:
     def find(self, name: str) -> Model:
         """An entry of the catalog. Raises NotFound."""
         return catalog.find(name, tuple(self.state.models.values()))
+
+    def by_offer(self, replicas: Iterable[Replica]) -> dict[str, list[Replica]]:
+        """Replicas by where they are."""
+        found = defaultdict(list)
+        for replica in replicas:
+            found[replica.place.offer_id].append(replica)
+        return found
 
     @property
     def pools(self) -> list[Deployment]:
@@ -250,8 +259,14 @@ class Core:
 
     def replicas_of(self, deployment_id: str) -> list[Replica]:
         """A deployment's replicas, oldest first."""
-        own = [r for r in self.state.replicas.values() if r.deployment_id == deployment_id]
-        return sorted(own, key=lambda replica: (replica.created_at, replica.replica_id))
+        seen = id(self.state), self.store.replica_changes
+        if self._grouped[0] != seen:
+            groups = defaultdict(list)
+            order = sorted(self.state.replicas.values(), key=lambda r: (r.created_at, r.replica_id))
+            for replica in order:
+                groups[replica.deployment_id].append(replica)
+            self._grouped = seen, dict(groups)
+        return list(self._grouped[1].get(deployment_id, ()))
 
     def running(self, deployment_id: str) -> list[Replica]:
         """Those of its replicas that are not on their way out."""
@@ -316,10 +331,10 @@ class Core:
             raise
 
     def free_milli(self, offer: Offer, leaving: Iterable[Replica] = ()) -> list[int]:
-        """What is free of each of its GPUs without an end, when these replicas have left."""
+        """What is free of each of its GPUs without an end, when these replicas there have left."""
         free = list(self._room(offer))
         for replica in leaving:
-            if replica.place.offer_id == offer.offer_id and has_gpus(replica):
+            if has_gpus(replica):
                 for position in matching.positions(offer, replica.place.gpu_indices):
                     free[position] += replica.place.gpu_milli
         return free
@@ -336,8 +351,8 @@ class Core:
 
     def hour_pico(self, place: Place) -> int:
         """What an hour of a place is offered for."""
-        ask_pico = self.state.offers[place.offer_id].ask_pico
-        return ask_pico * place.gpu_milli * len(place.gpu_indices) // 1000
+        offer = self.state.offers[place.offer_id]
+        return matching.hour_pico(offer, place.gpu_milli * len(place.gpu_indices))
 
     def unbook(self, name: str, at: datetime) -> None:
         """Nothing of a lease's or replica's booking is left from ``at`` on; no booking is fine."""

@@ -177,7 +177,7 @@ class Disks:
         if not isinstance(places, Misfit):
             return self._core.state.offers[places[0].offer_id]
         room = self._elastic.room_after(deployment)
-        return None if room is None else room[0]
+        return None if room is None else room.offer
 
     def _offer(self, node_id: str) -> Offer:
         for offer in self._core.offers:

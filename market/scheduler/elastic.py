@@ -40,6 +40,7 @@ FAILED_S = 600.0
 STUCK_S = 30.0
 
 SERVING = (ReplicaState.READY, ReplicaState.STARTING, ReplicaState.WAITING)
+RETURNING = (ReplicaState.DRAINING, ReplicaState.FALLING_ASLEEP, ReplicaState.ASLEEP)
 LEAVING = (
     ReplicaState.DRAINING,
     ReplicaState.FALLING_ASLEEP,
@@ -57,6 +58,15 @@ class Stuck:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """A node for a replica, which must leave for it, and what an hour costs."""
+
+    offer: Offer
+    evicts: list[str]
+    hour_pico: int
+
+
 class Elastic:
     """Applies one decision per pool and round. Everything under the core's lock."""
 
@@ -71,6 +81,7 @@ class Elastic:
         self._leaving_since_s: dict[str, float] = {}
         self._asleep_since_s: dict[str, float] = {}
         self._failed_since_s: dict[str, float] = {}
+        self._served_s: dict[str, float] = {}
         self._evicted_s: dict[str, float] = {}
         self._stuck: dict[str, Stuck] = {}
 
@@ -78,6 +89,7 @@ class Elastic:
         """Bring every pool a step closer to what it needs."""
         async with self._core.lock:
             await self._starts.measure()
+            await self._end_lost()
             await self._end_drained()
             await self._end_sleepers()
             await self._end_failed()
@@ -86,6 +98,7 @@ class Elastic:
                 del self._memories[gone]
                 self._evicted_s.pop(gone, None)
                 self._stuck.pop(gone, None)
+                self._served_s.pop(gone, None)
             for deployment in pools:
                 await self._scale_guarded(deployment)
 
@@ -119,24 +132,31 @@ class Elastic:
     async def _scale(self, deployment: Deployment) -> None:
         replicas = self._core.replicas_of(deployment.deployment_id)
         present = [r for r in replicas if r.state in SERVING]
+        others = [r for r in replicas if r.state in RETURNING]
         failed = [r for r in replicas if r.state is ReplicaState.FAILED]
-        asleep = [r for r in replicas if r.state is ReplicaState.ASLEEP]
-        decision = self._decide(deployment, present)
-        if decision.replicas > len(present):
-            # If more fail than serve it is not their places' fault.
-            if len(failed) <= len(present) + len(asleep) or not failed:
-                asked = decision.signal is not Signal.FORECAST
-                await self._grow(deployment, decision.replicas - len(present), makes_room=asked)
-        elif decision.replicas < len(present) and self._shares.heard:
-            await self._shrink(present, len(present) - decision.replicas, decision)
-        if decision.signal is Signal.BUDGET and not (present or decision.replicas):
-            self._is_stuck(deployment, decision.reason)
+        pool, decision = self._decide(deployment, present)
+        missing = decision.replicas - len(present)
+        why = ""
+        # If more fail than serve it is not their places' fault.
+        if missing > 0 and (not failed or len(failed) <= len(present) + len(others)):
+            # For who asks, not for who is only expected.
+            asked = not pool.demand.idle or len(present) < deployment.bounds.minimum
+            misfit = await self._grow(deployment, present, missing, makes_room=asked)
+            why = "" if misfit is None or not asked else misfit.reason
+        elif missing < 0 and self._shares.heard:
+            await self._shrink(present, -missing, decision)
+        elif decision.signal is Signal.BUDGET and not decision.replicas:
+            why = decision.reason
+        if why and not (present or others):
+            self._is_stuck(deployment, why)
 
-    def _decide(self, deployment: Deployment, present: list[Replica]) -> Decision:
+    def _decide(self, deployment: Deployment, present: list[Replica]) -> tuple[Snapshot, Decision]:
         core = self._core
         now_s = core.clock.monotonic()
         memory = self._memories.setdefault(deployment.deployment_id, Memory(now_s))
         apps = [r.app_name for r in present if r.state is ReplicaState.READY]
+        if apps:
+            self._served_s[deployment.deployment_id] = now_s
         demand = self._shares.demand(deployment.model, apps, self._lent(deployment.model))
         costs = self._starts.costs(deployment, present)
         pool = Snapshot(
@@ -147,19 +167,33 @@ class Elastic:
             replicas=len(present),
             serving=len(apps),
             hours_pico=tuple(core.hour_pico(replica.place) for replica in present),
-            next_pico=self._next_pico(deployment),
+            next_pico=self._next_pico(deployment, present),
             speed=memory.speed,
             stretch=self._forecasts.stretch(deployment.model, deployment.bounds, costs),
             ahead=self._ahead(deployment, now_s - memory.used_s, costs, bool(present)),
         )
-        return memory.decide(pool, now_s)
+        return pool, memory.decide(pool, now_s)
 
-    def _next_pico(self, deployment: Deployment) -> int | None:
-        """What an hour of its next replica costs, if that matters."""
+    def _next_pico(self, deployment: Deployment, present: list[Replica]) -> int | None:
+        """What an hour of its next replica costs: of what the budget pays for, if there is room."""
         if deployment.bounds.spend_max_pico is None:
             return None
-        following = self._pools.next_places(self._core.find(deployment.model))
-        return self._core.hour_pico(following[0]) if following else None
+        for most_pico in (self._left_pico(deployment, present), None):
+            found = self._pools.places(self._core.find(deployment.model), 1, most_pico=most_pico)
+            if not isinstance(found, Misfit):
+                return self._core.hour_pico(found[0])
+            room = self.room_after(deployment, most_pico)
+            if room is not None:
+                return room.hour_pico
+        return None
+
+    def _left_pico(self, deployment: Deployment, present: Iterable[Replica]) -> int | None:
+        """What its budget leaves for one more; None if there is none, or it must have one more."""
+        hours = [self._core.hour_pico(replica.place) for replica in present]
+        bounds = deployment.bounds
+        if bounds.spend_max_pico is None or len(hours) < bounds.minimum:
+            return None
+        return bounds.spend_max_pico - sum(hours)
 
     def _ahead(self, deployment: Deployment, idle_s: float, costs: Costs, is_there: bool) -> int:
         """What the time of day asks for; nothing for who has just made room for somebody."""
@@ -179,27 +213,49 @@ class Elastic:
             for replica in self._core.replicas_of(lease.lease_id)
         ]
 
-    async def _grow(self, deployment: Deployment, count: int, *, makes_room: bool) -> None:
-        """Take back what drains, then wake what sleeps, then start anew, or make room."""
+    async def _grow(
+        self, deployment: Deployment, present: list[Replica], count: int, *, makes_room: bool
+    ) -> Misfit | None:
+        """Take back what drains, then wake what sleeps, then start anew, or make room: one at a
+        time, as far as the budget pays. Returns why there is no room and none can be made.
+        """
         replicas = self._core.replicas_of(deployment.deployment_id)
-        draining = [r for r in replicas if r.state is ReplicaState.DRAINING]
-        back = [replace(r, state=ReplicaState.READY, reason="serving") for r in draining[:count]]
-        for replica in back:
-            self._draining_since_s.pop(replica.replica_id, None)
-        if back:
-            await self._core.store.save(back)
-        asleep = [r for r in replicas if r.state is ReplicaState.ASLEEP]
-        woken = await self._wake(asleep, count - len(back))
+        back = [r for r in replicas if r.state is ReplicaState.DRAINING]
+        back += [r for r in replicas if r.state is ReplicaState.ASLEEP and self._takes_pools(r)]
         # Who falls asleep is woken as soon as it sleeps.
-        falling = sum(replica.state is ReplicaState.FALLING_ASLEEP for replica in replicas)
-        for number in range(count - len(back) - woken - falling):
-            if number and deployment.bounds.spend_max_pico is not None:
-                return  # the next one's place may cost more: the next round knows
-            misfit = await self._pools.add_replica(deployment.deployment_id)
+        count -= sum(replica.state is ReplicaState.FALLING_ASLEEP for replica in replicas)
+        there = list(present)
+        for replica in back:
+            left_pico = self._left_pico(deployment, there)
+            if count <= 0 or not _pays(left_pico, self._core.hour_pico(replica.place)):
+                continue
+            if await self._returns(replica):
+                there.append(replica)
+                count -= 1
+        for _ in range(count):
+            left_pico = self._left_pico(deployment, there)
+            misfit = await self._pools.add_replica(deployment.deployment_id, left_pico)
             if misfit is not None:
-                if makes_room:  # for who asks, not for who is only expected
-                    await self._make_room(deployment, misfit)
-                return
+                return await self._make_room(deployment, misfit, left_pico) if makes_room else None
+            now = self._core.replicas_of(deployment.deployment_id)
+            there += [r for r in now if r.state in SERVING and r not in there]
+        return None
+
+    async def _returns(self, replica: Replica) -> bool:
+        """Have one that drains serve again, or one that sleeps wake up, if its GPU has room."""
+        if replica.state is ReplicaState.DRAINING:
+            self._draining_since_s.pop(replica.replica_id, None)
+            back = replace(replica, state=ReplicaState.READY, reason="serving")
+            await self._core.store.save([back])
+            return True
+        try:
+            await self._core.grant(
+                [replace(replica, state=ReplicaState.STARTING, reason="waking up")]
+            )
+        except Oversubscribed:
+            return False
+        self._starts.wakes(replica)
+        return True
 
     async def _shrink(self, present: list[Replica], count: int, decision: Decision) -> None:
         busy = [
@@ -214,23 +270,6 @@ class Elastic:
         ]
         dearest = decision.signal is Signal.BUDGET
         await self._drain(autoscaling.to_drain(busy, count, dearest=dearest), decision.reason)
-
-    async def _wake(self, asleep: list[Replica], count: int) -> int:
-        """Put so many of these on their GPUs again, as far as those have room; how many."""
-        woken = 0
-        for replica in asleep:
-            if woken == count:
-                break
-            if not self._takes_pools(replica):
-                continue
-            back = replace(replica, state=ReplicaState.STARTING, reason="waking up")
-            try:
-                await self._core.grant([back])
-            except Oversubscribed:
-                continue
-            self._starts.wakes(replica)
-            woken += 1
-        return woken
 
     async def _drain(self, names: Iterable[str], reason: str) -> None:
         state, now_s = self._core.state, self._core.clock.monotonic()
@@ -260,6 +299,18 @@ class Elastic:
                 to = ReplicaState.FALLING_ASLEEP if sleeps else ReplicaState.STOPPING
                 await self._core.store.save([replace(replica, state=to)])
 
+    async def _end_lost(self) -> None:
+        """Stop what serves a model that the catalog has lost: nobody can be sent there."""
+        known = {pool.deployment_id for pool in self._core.pools}
+        for deployment in list(self._core.state.deployments.values()):
+            is_pool = deployment.mode is Mode.TOKENS and not deployment.stopping
+            if is_pool and deployment.deployment_id not in known:
+                reason = f"{deployment.model} is in the catalog no more"
+                lost = self._core.running(deployment.deployment_id)
+                gone = [replace(r, state=ReplicaState.STOPPING, reason=reason) for r in lost]
+                if gone:
+                    await self._core.store.save(gone)
+
     async def _end_failed(self) -> None:
         """Give up what failed a while ago: another may be tried in its place."""
         now_s = self._core.clock.monotonic()
@@ -270,7 +321,14 @@ class Elastic:
         ]
         self._failed_since_s = _kept(self._failed_since_s, failed, now_s)
         for replica in failed:
-            if now_s - self._failed_since_s[replica.replica_id] >= FAILED_S:
+            since_s = self._failed_since_s[replica.replica_id]
+            # Where another has served since, but is gone, it is not the model's fault.
+            served = self._served_s.get(replica.deployment_id, float("-inf")) >= since_s
+            alone = all(
+                other.state is ReplicaState.FAILED
+                for other in self._core.running(replica.deployment_id)
+            )
+            if now_s - since_s >= FAILED_S or (served and alone):
                 await self._core.store.save([replace(replica, state=ReplicaState.STOPPING)])
 
     def _mode(self, replica: Replica) -> Mode | None:
@@ -319,45 +377,58 @@ class Elastic:
 
     # -- room ----------------------------------------------------------------------------------
 
-    def room_after(self, deployment: Deployment) -> tuple[Offer, list[str]] | None:
+    def room_after(self, deployment: Deployment, most_pico: int | None = None) -> Room | None:
         """Where one more replica fits as soon as what leaves has left, and which must leave for it.
 
-        Only idle replicas of other pools may have to; a lease's are never touched.
+        Only idle replicas of other pools may have to; a lease's are never touched. It costs at most
+        ``most_pico`` an hour.
         """
-        model, now_s = self._core.find(deployment.model), self._core.clock.monotonic()
-        offers = {offer.offer_id: offer for offer in self._core.offers}
-        leaving = [r for r in self._core.state.replicas.values() if r.state in LEAVING]
+        core, model = self._core, self._core.find(deployment.model)
+        now_s, now = core.clock.monotonic(), core.clock.now()
+        leaving = [r for r in core.state.replicas.values() if r.state in LEAVING]
         self._leaving_since_s = _kept(self._leaving_since_s, leaving, now_s)
-        soon = [r for r in leaving if self._leaves_soon(r, now_s)]
+        soon = core.by_offer(r for r in leaving if self._leaves_soon(r, now_s))
         missing: dict[str, int] = {}
-        for offer in offers.values():
+        hours: dict[str, int] = {}
+        for offer in core.offers:
             milli = matching.share_milli(model, offer)
-            if milli is None or not matching.takes_pools(offer, self._core.clock.now()):
+            if milli is None or not matching.takes_pools(offer, now):
                 continue
-            for gpu, free in zip(offer.gpus, self._core.free_milli(offer, soon), strict=True):
-                missing[f"{offer.node_id}/{gpu.index}"] = milli - free
-                if free >= milli:
-                    return offer, []
+            hour_pico = matching.hour_pico(offer, milli)
+            if not _pays(most_pico, hour_pico):
+                continue
+            hours[offer.offer_id] = hour_pico
+            free = core.free_milli(offer, soon.get(offer.offer_id, ()))
+            if max(free) >= milli:
+                return Room(offer, [], hour_pico)
+            for gpu, left in zip(offer.gpus, free, strict=True):
+                missing[f"{offer.node_id}/{gpu.index}"] = milli - left
         chosen = autoscaling.to_evict(self._idlers(deployment), missing)
         if not chosen:
             return None
-        return offers[self._core.state.replicas[chosen[0]].place.offer_id], chosen
+        offer_id = core.state.replicas[chosen[0]].place.offer_id
+        return Room(core.state.offers[offer_id], chosen, hours[offer_id])
 
-    async def _make_room(self, deployment: Deployment, misfit: Misfit) -> None:
-        """Put idle replicas of other pools out, if that makes room."""
-        found = self.room_after(deployment)
-        if found is None:
+    async def _make_room(
+        self, deployment: Deployment, misfit: Misfit, most_pico: int | None
+    ) -> Misfit | None:
+        """Put idle replicas of other pools out, if that makes room.
+
+        Returns why it does not fit, if it would not even if other pools had none.
+        """
+        room = self.room_after(deployment, most_pico)
+        if room is None:
             logger.info("%s cannot grow: %s", deployment.model, misfit.reason)
-            if not self._pools.next_places(self._core.find(deployment.model)):
-                self._is_stuck(deployment, misfit.reason)  # not by what other pools do
-            return
-        _, chosen = found
-        if chosen:
-            logger.info("%s: room for it by %s", deployment.model, ", ".join(chosen))
-            for name in chosen:
+            model = self._core.find(deployment.model)
+            fits = self._pools.places(model, 1, emptied=True, most_pico=most_pico)
+            return misfit if isinstance(fits, Misfit) else None
+        if room.evicts:
+            logger.info("%s: room for it by %s", deployment.model, ", ".join(room.evicts))
+            for name in room.evicts:
                 evicted = self._core.state.replicas[name].deployment_id
                 self._evicted_s[evicted] = self._core.clock.monotonic()
-            await self._drain(chosen, f"idle, and {deployment.model} needs its GPU")
+            await self._drain(room.evicts, f"idle, and {deployment.model} needs its GPU")
+        return None
 
     def _leaves_soon(self, replica: Replica, now_s: float) -> bool:
         since_s = self._leaving_since_s[replica.replica_id]
@@ -389,8 +460,10 @@ class Elastic:
                 and self._shares.streams(r.app_name) == 0
                 and len(r.place.gpu_indices) == 1
             ]
-            costs = self._starts.costs(deployment, serving)
-            for replica in idle[: max(0, len(serving) - deployment.bounds.minimum)]:
+            idle = idle[: max(0, len(serving) - deployment.bounds.minimum)]
+            costs = self._starts.costs(deployment, serving) if idle else None
+            for replica in idle:
+                assert costs is not None
                 place = replica.place
                 found.append(
                     Idler(
@@ -407,3 +480,7 @@ class Elastic:
 def _kept(since_s: dict[str, float], replicas: list[Replica], now_s: float) -> dict[str, float]:
     """Since when each of these is in its state; now, if that is news."""
     return {r.replica_id: since_s.get(r.replica_id, now_s) for r in replicas}
+
+
+def _pays(left_pico: int | None, hour_pico: int) -> bool:
+    return left_pico is None or hour_pico <= left_pico

@@ -72,10 +72,13 @@ class Pools:
                 await core.grant(fresh, deployment)
             return deployment, tuple(fresh)
 
-    async def add_replica(self, deployment_id: str) -> Misfit | None:
-        """One more replica, or why there is no room for it. Under the lock."""
+    async def add_replica(self, deployment_id: str, most_pico: int | None = None) -> Misfit | None:
+        """One more replica, for at most so much an hour, or why there is no room for it.
+
+        Under the lock.
+        """
         deployment = self._core.state.deployments[deployment_id]
-        found = self.places(self._core.find(deployment.model), 1)
+        found = self.places(self._core.find(deployment.model), 1, most_pico=most_pico)
         if isinstance(found, Misfit):
             return found
         await self._add(deployment, found[0])
@@ -162,11 +165,16 @@ class Pools:
         return found
 
     def places(
-        self, model: Model, replicas: int, *, emptied: bool = False
+        self,
+        model: Model,
+        replicas: int,
+        *,
+        emptied: bool = False,
+        most_pico: int | None = None,
     ) -> tuple[Place, ...] | Misfit:
         """Where so many replicas would go right now, or why they cannot.
 
-        With ``emptied``, as if no pool had any.
+        With ``emptied``, as if no pool had any. Each costs at most ``most_pico`` an hour.
         """
         core = self._core
         pools, taken = [], defaultdict[str, int](int)
@@ -177,17 +185,20 @@ class Pools:
                 pools.append(replica)
                 if not replica.place.gpu_indices and not emptied:
                     taken[replica.place.offer_id] += memory_mib.get(deployment.model, 0)
-        leaving = pools if emptied else []
-        free = {offer.offer_id: core.free_milli(offer, leaving) for offer in core.offers}
-        now = core.clock.now()
+        leaving = core.by_offer(pools if emptied else ())
+        free = {o.offer_id: core.free_milli(o, leaving.get(o.offer_id, ())) for o in core.offers}
+        now, offers = core.clock.now(), core.offers
+        if most_pico is not None:
+            milli = {o.offer_id: matching.share_milli(model, o) or 0 for o in offers}
+            offers = [o for o in offers if matching.hour_pico(o, milli[o.offer_id]) <= most_pico]
         return matching.place_pool(
-            model, replicas, core.offers, free, taken, now, core.on_disk, core.in_memory
+            model, replicas, offers, free, taken, now, core.on_disk, core.in_memory
         )
 
     def _require_paid(self, bounds: Bounds, model: Model, places: Iterable[Place]) -> None:
         """Raises InvalidRequest if a budget pays for none of these, nor for the next."""
-        most_pico = bounds.spend_max_pico
-        both = (*places, *self.next_places(model))
+        most_pico, cheapest = bounds.spend_max_pico, self.places(model, 1, emptied=True)
+        both = places if isinstance(cheapest, Misfit) else (*places, *cheapest)
         cheapest_pico = min((self._core.hour_pico(place) for place in both), default=0)
         if most_pico is not None and most_pico < cheapest_pico and not bounds.minimum:
             raise InvalidRequest(

@@ -8,6 +8,7 @@ any more.
 import logging
 import uuid
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 
 from market import matching
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 RETRY_S = 600.0
 # One that is not ready by then does not come (again).
 COMES_WITHIN_S = 180.0
+# Where all GPUs are full, so many nodes at most have one for each engine.
+FULL_MAX = 4
 # One whose place is no longer the next for anybody goes after so long.
 UNWANTED_S = 300.0
 STARTING = (ReplicaState.WAITING, ReplicaState.STARTING)
@@ -50,7 +53,15 @@ class Spares:
         if not core.config.spares:
             return []
         elastic = [pool for pool in core.pools if _is_elastic(pool)]
-        wanted = {(place, pool.engine) for pool in elastic for place in self._next_places(pool)}
+        homes = {
+            pool.deployment_id: {
+                replica.place.offer_id for replica in core.replicas_of(pool.deployment_id)
+            }
+            for pool in elastic
+        }
+        wanted = {
+            (place, pool.engine) for pool in elastic for place in self._next_places(pool, homes)
+        }
         engines = {pool.engine for pool in elastic}
         self._look(view, wanted)
         for spare in list(core.spares.values()):
@@ -113,25 +124,25 @@ class Spares:
         spares = self._core.spares.values()
         return [spare for spare in spares if (spare.offer_id, spare.engine) == wanted]
 
-    def _next_places(self, deployment: Deployment) -> list[str]:
-        """Where its next replica would go, or could if another pool's made room; [] if it may have
-        no more.
+    def _next_places(self, pool: Deployment, homes: Mapping[str, set[str]]) -> list[str]:
+        """Where its next replica would go, or, if nothing is free, could if another pool's made
+        room (``homes``: where each elastic pool's are); [] if it may have no more.
         """
         core = self._core
-        if len(core.running(deployment.deployment_id)) >= deployment.bounds.maximum:
+        if len(core.running(pool.deployment_id)) >= pool.bounds.maximum:
             return []
-        model = core.find(deployment.model)
+        model = core.find(pool.model)
         places = self._pools.likely_places(model, emptied=False)
         if places:
             return [place.offer_id for place in places]
-        others = {
-            replica.place.offer_id
-            for other in core.pools
-            if other != deployment and _is_elastic(other)
-            for replica in core.replicas_of(other.deployment_id)
-        }
-        fits = [name for name in others if matching.share_milli(model, core.state.offers[name])]
-        return [name for name in fits if self._is_usable(name)]
+        others = set().union(*(own for name, own in homes.items() if name != pool.deployment_id))
+        there = {s.offer_id for s in core.spares.values() if s.engine == pool.engine}
+        fits = [
+            name
+            for name in sorted(others, key=lambda name: (name not in there, name))
+            if matching.share_milli(model, core.state.offers[name]) and self._is_usable(name)
+        ]
+        return fits[:FULL_MAX]
 
     def _is_usable(self, offer_id: str) -> bool:
         offer = self._core.state.offers.get(offer_id)

@@ -71,6 +71,7 @@ class Store:
         self._thread = ThreadPoolExecutor(1, "scheduler-store")
         self._resources = ExitStack()
         self.state = State()
+        self.replica_changes = 0
 
     async def open(self) -> None:
         """Lock, connect, migrate, load. Raises MarketFault if another process has it."""
@@ -143,6 +144,7 @@ class Store:
                 upsert(connection, tables.sender, [row])
 
         await self.run(command)
+        self.replica_changes += any(isinstance(v, Replica) for v in (*kept, *deleted))
         for value in deleted:
             _shelf(state, type(value)).pop(_key(value), None)
         for value in kept:

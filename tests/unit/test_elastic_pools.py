@@ -140,6 +140,53 @@ class TestElasticPools:
                 (deployment,) = scheduler._core.state.deployments.values()
                 assert deployment.made == len(nodes)
 
+    @pytest.fixture
+    def priced(self, farm):
+        """A cheap node and one ten times as dear, each with room for one model at a time."""
+        cheap = replace(FARM, gpus=(Gpu(0, "a10", 1500),))
+        dear = replace(cheap, offer_id="dear", node_id="dear", ask_pico=10 * FARM.ask_pico)
+        farm.offers, farm.cluster.nodes = [cheap, dear], {"farm", "dear"}
+        return farm
+
+    async def test_dear_replica_that_the_budget_does_not_pay_goes_for_good(self, priced):
+        async with priced.opened() as scheduler:
+            demands = Demands(priced, scheduler)
+            await scheduler.drain("farm")
+            await pool(scheduler, minimum=0, maximum=1)
+            await demands(3, cold={"tiny-qwen": 1})
+            await scheduler.drain("farm", back=True)
+            await pool(scheduler, minimum=0, maximum=1, spend_max_pico=10**12)
+            (dear,) = scheduler._core.state.replicas.values()
+            streams = {dear.app_name: 1}
+            for _ in range(10):
+                await demands(1, tiny_qwen=1, streams=streams)
+                assert scheduler._core.state.replicas[dear.replica_id].state is (
+                    ReplicaState.DRAINING
+                )
+            assert [r.node_id for r in (await scheduler.routes()).ready] == ["farm"]
+
+    async def test_nobody_makes_room_for_what_the_budget_does_not_pay(self, priced):
+        async with priced.opened() as scheduler:
+            demands = Demands(priced, scheduler)
+            await pool(scheduler, minimum=0, maximum=2, spend_max_pico=5 * 10**12)
+            await demands(3, cold={"tiny-qwen": 1})
+            await pool(scheduler, "tiny-embed", minimum=0, maximum=1)
+            await demands(3, cold={"tiny-embed": 1}, tiny_qwen=1)
+            await demands(20, tiny_qwen=600)
+            models = {r.node_id: r.model for r in (await scheduler.routes()).ready}
+            assert models == {"farm": "tiny-qwen", "dear": "tiny-embed"}
+
+    async def test_room_is_made_where_the_budget_pays_though_a_dear_gpu_is_free(self, priced):
+        async with priced.opened() as scheduler:
+            demands = Demands(priced, scheduler)
+            await pool(scheduler, "tiny-embed", minimum=0, maximum=1)
+            await demands(3, cold={"tiny-embed": 1})
+            for _ in range(2):  # the same again is no error
+                await pool(scheduler, minimum=0, maximum=1, spend_max_pico=5 * 10**12)
+            await demands(20, cold={"tiny-qwen": 1})
+            models = {r.node_id: r.model for r in (await scheduler.routes()).ready}
+            assert models == {"farm": "tiny-qwen"}
+
     async def test_budget_that_pays_for_none_is_refused_and_nobody_waits_for_it(self, farm):
         async with farm.opened() as scheduler:
             with pytest.raises(InvalidRequest, match=r"the cheapest costs 0\.042"):
@@ -188,15 +235,64 @@ class TestElasticPools:
             await demands(600, tiny_qwen=200)
             assert failed.replica_id not in scheduler._core.state.replicas
 
+    async def test_failed_replica_is_given_up_when_those_that_served_have_gone(self, farm):
+        async with farm.opened() as scheduler:
+            demands = Demands(farm, scheduler)
+            await pool(scheduler, minimum=0, maximum=2, keep_alive_s=5)
+            await demands(2, cold={"tiny-qwen": 1})
+            farm.cluster.instant = False
+            await demands(2, tiny_qwen=200)
+            (started,) = scheduler._core.in_state(ReplicaState.STARTING)
+            farm.cluster.apps[started.app_name] = AppStatus(None, True, "no memory")
+            farm.cluster.instant = True
+            await demands(3, tiny_qwen=1)
+            await demands(20)
+            assert scheduler._core.state.replicas == {}
+            await demands(3, cold={"tiny-qwen": 1})
+            assert len((await scheduler.routes()).ready) == 1
+
+    async def test_who_waits_for_a_replica_that_starts_is_not_told_that_there_is_no_room(
+        self, farm
+    ):
+        async with farm.opened() as scheduler:
+            demands = Demands(farm, scheduler)
+            await pool(scheduler, minimum=0, maximum=4)
+            farm.cluster.instant = False
+            await demands(2, cold={"tiny-qwen": 1})
+            await scheduler.drain("farm")
+            await demands(60, cold={"tiny-qwen": 400})
+            (entry,) = (await scheduler.routes()).starting
+            assert entry.wakes
+
+    async def test_who_is_only_expected_makes_nobody_go_whatever_the_bounds_say(
+        self, farm, monkeypatch
+    ):
+        farm.offers = [replace(FARM, gpus=(Gpu(0, "a10", 1500),))]
+        async with farm.opened() as scheduler:
+            demands = Demands(farm, scheduler)
+            await pool(scheduler, "tiny-embed", minimum=0, maximum=1)
+            await demands(3, cold={"tiny-embed": 1})
+            await pool(scheduler, minimum=0, maximum=1)
+            elastic = scheduler._elastic
+            monkeypatch.setattr(
+                elastic, "_ahead", lambda deployment, *_: 3 * (deployment.model == "tiny-qwen")
+            )
+            await demands(20)
+            assert [r.model for r in (await scheduler.routes()).ready] == ["tiny-embed"]
+
     async def test_pool_whose_model_is_known_no_more_does_not_stop_others(self, farm, monkeypatch):
         farm.config = replace(farm.config, spares=1)
         async with farm.opened() as scheduler:
-            await pool(scheduler, "tiny-embed", minimum=0, maximum=1)
+            await pool(scheduler, "tiny-embed", minimum=1, maximum=2)
+            await Demands(farm, scheduler)(2)
             await pool(scheduler, minimum=0, maximum=1)
             others = tuple(m for m in catalog.models() if m.name != "tiny-embed")
             monkeypatch.setattr(catalog, "_shipped", lambda: others)
             await Demands(farm, scheduler)(3, cold={"tiny-qwen": 1})
             assert [r.model for r in (await scheduler.routes()).ready] == ["tiny-qwen"]
+            assert [r.deployment_id for r in scheduler._core.state.replicas.values()] == [
+                (await scheduler.routes()).ready[0].deployment_id
+            ]
 
     async def test_failed_replica_is_replica_is_not_started_again_and_again(self, box):
         async with box.opened() as scheduler:
