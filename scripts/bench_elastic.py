@@ -28,19 +28,22 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from decimal import Decimal
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import httpx
+import marked_engine
 import numpy as np
 import pandas as pd
 import psutil
-from own_market import MODEL, OwnMarket, tiny_model
+from marked_engine import INNER
+from marked_engine import NAME as MARKED
+from own_market import MODEL, SCRIPTS, OwnMarket, tiny_model
 
 from market.autoscaling import Costs, keep_alive_s
 from market.forecast import BUCKET_S, Bucket, History
@@ -55,9 +58,44 @@ BODY = {
     "temperature": 0,
     "ignore_eos": True,
 }
+# The burst: twenty times what one replica serves at once, from so many tenants; answers are long
+# enough that all replicas are there before the last one begins.
+BURST = 20
+BURST_PLACES = 2
+BURST_TENANTS = 4
+BURST_TOKENS = 512
 POLL_S = 0.02
 PATIENCE_S = 300.0
+DEPOSIT = Decimal(1000)  # of each tenant (own_market.py)
 REPLICA = "ServeReplica:model-"
+# The parts of a cold start, by what was done at their end; vLLM says some of them itself.
+PARTS = (
+    "decision",
+    "new process",
+    "imports",
+    "told to load",
+    "engine process",
+    "worker process",
+    "weights",
+    "compile",
+    "KV cache",
+    "graphs",
+    "profile and warm-up",
+    "load",
+    "asked",
+    "first token",
+    "to the client",
+)
+VLLM_SAYS = {
+    "Initializing a V1 LLM engine": "engine process",
+    "Starting to load model": "worker process",
+    "Loading weights took": "weights",
+    "torch.compile took": "compile",
+    "KV cache size: ": "KV cache",
+    "Graph capturing finished": "graphs",
+    "init engine (": "profile and warm-up",
+}
+AGAIN = "again"
 DAY_S = 86_400.0
 HOUR_PICO = 2 * 10**12
 # One GPU of the replay: a mid-size model on a current card.
@@ -76,17 +114,34 @@ GOOD = 0.99
 
 @contextmanager
 def elastic_market(
-    engine: str, bounds: str, spares: int = 1, size: Sequence[str] = ()
-) -> Iterator[tuple[OwnMarket, str]]:
-    """A market with the tiny model (of a size) at zero replicas, and a tenant's key."""
-    os.environ["MARKET_SPARES"] = str(spares)
+    engine: str, bounds: str, size: Sequence[str] = (), **settings: str
+) -> Iterator[OwnMarket]:
+    """A market with the tiny model (of a size) at zero replicas."""
     with tempfile.TemporaryDirectory(prefix="market-bench-") as name:
         folder = Path(name)
         model = tiny_model(folder / MODEL, *size)
-        with OwnMarket(folder / "home", model) as own:
+        with OwnMarket(folder / "home", model, **settings) as own:
             options = ("--engine", engine, "--replicas", bounds, "--keep-alive", "2s")
             own.cli("deploy", MODEL, *options)
-            yield own, own.tenant("acme")
+            yield own
+
+
+def mark_in(line: str, now: float) -> tuple[str, float] | None:
+    """What a process says in a line that it has done, and when."""
+    if line.startswith("mark "):
+        _, at, done = line.rstrip().split(" ", 2)
+        return done, float(at)
+    return next(((done, now) for words, done in VLLM_SAYS.items() if words in line), None)
+
+
+def parts_of(asked: float, marks: Mapping[str, float]) -> dict[str, float]:
+    """The seconds of each part; what was done before it was asked for took none."""
+    parts, before = {}, asked
+    for name in PARTS:
+        if name in marks:
+            moment = max(marks[name], before)
+            parts[name], before = moment - before, moment
+    return parts | {"in all": before - asked}
 
 
 class Watcher(threading.Thread):
@@ -98,8 +153,11 @@ class Watcher(threading.Thread):
         key = (own.home / "operator.key").read_text().strip()
         self._headers = {"authorization": f"Bearer {key}"}
         self._head = psutil.Process(own.pid)
+        cluster = json.loads((own.home / "state" / "cluster.json").read_text())
+        self._logs = Path(cluster["temp_dir"]) / "session_latest" / "logs"
+        self._read = {path: path.stat().st_size for path in self._logs.glob("worker-*.out")}
         self._over = threading.Event()
-        self.seen: dict[str, float] = {}
+        self._seen: dict[str, float] = {}
 
     def run(self) -> None:
         """Until told to end."""
@@ -107,24 +165,37 @@ class Watcher(threading.Thread):
             while not self._over.wait(POLL_S):
                 (deployment,) = client.get(self._url).json()
                 if deployment["places"]:
-                    self.seen.setdefault("decided", time.time())
-                if "process" not in self.seen:
+                    self._seen.setdefault("decision", time.time())
+                if "new process" not in self._seen:
                     self._look_for_process()
+                self._look_for_marks()
 
     def _look_for_process(self) -> None:
         for process in self._head.children(recursive=True):
             try:
                 if any(REPLICA in part for part in process.cmdline()):
                     # Its own word depends on a clock that stood still with the machine.
-                    self.seen["process"] = time.time()
+                    self._seen["new process"] = time.time()
             except psutil.NoSuchProcess:
                 continue
+
+    def _look_for_marks(self) -> None:
+        for path in self._logs.glob("worker-*.out"):
+            with path.open("rb") as log:
+                log.seek(self._read.get(path, 0))
+                said, _, _ = log.read().rpartition(b"\n")
+            if said:
+                self._read[path] = self._read.get(path, 0) + len(said) + 1
+            for line in said.decode(errors="replace").splitlines():
+                if mark := mark_in(line, time.time()):
+                    self._seen.setdefault(*mark)
 
     def end(self) -> dict[str, float]:
         """What was seen, in seconds since the epoch."""
         self._over.set()
         self.join()
-        return self.seen
+        self._look_for_marks()
+        return self._seen
 
 
 def wait_cold(own: OwnMarket, spares: int = 0) -> None:
@@ -155,19 +226,14 @@ def cold_start(own: OwnMarket, key: str, spares: int) -> dict[str, float]:
                 if first is None and '"content":"' in line and '"content":""' not in line:
                     first = time.time()
     assert first is not None, "no token came"
-    seen = watcher.end()
     # It is looked at fifty times a second at most, and a spare process was there before.
-    decided = seen.get("decided", first)
-    process = max(seen.get("process", decided), decided)
-    moments = [asked, decided, process, first]
-    names = ("decision", "new process", "imports, load, first token")
-    parts = dict(zip(names, (b - a for a, b in pairwise(moments)), strict=True))
-    return parts | {"in all": first - asked}
+    seen = {name: min(moment, first) for name, moment in watcher.end().items()}
+    return parts_of(asked, seen | {"to the client": first})
 
 
-def bare_load(engine: str, model: Path) -> dict[str, float]:
-    """The engine alone, in seconds until its first text: in a new process, and once more in the
-    same one, with all that it imports behind it.
+def bare_load(engine: str, model: Path) -> dict[str, dict[str, float]]:
+    """The parts of the seconds until the engine alone has its first text: in a new process, and
+    once more in the same one, with all that it imports behind it.
     """
     from transformers import AutoTokenizer
 
@@ -175,88 +241,161 @@ def bare_load(engine: str, model: Path) -> dict[str, float]:
     asked = tokenizer.apply_chat_template(BODY["messages"], add_generation_prompt=True)
     prompt = tuple(asked["input_ids"])
     code = f"""
-import asyncio, json, sys, time
-began = time.perf_counter()
-sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+import sys
+sys.path[:0] = [{str(SCRIPTS.parent)!r}, {str(SCRIPTS)!r}]
+import asyncio
 from contextlib import aclosing
 from pathlib import Path
-from serve_apps.engines.base import EngineSettings, start_engine
+import marked_engine
+from serve_apps.engines.base import EngineSettings
 from market.types import EngineRequest, Sampling
 async def once():
-    engine = await start_engine({engine!r}, EngineSettings(Path({str(model)!r}), 2048, 0.0))
+    engine = await marked_engine.start(EngineSettings(Path({str(model)!r}), 2048, 0.0))
     sampling = Sampling({BODY["max_tokens"]}, temperature=0, ignore_eos=True)
-    request = EngineRequest("r", {prompt!r}, sampling, "s")
-    async with aclosing(engine.generate(request)) as chunks:
+    async with aclosing(engine.generate(EngineRequest("r", {prompt!r}, sampling, "s"))) as chunks:
         async for chunk in chunks:
             if chunk.text:
-                return engine
+                break
+    await engine.close()
 async def main():
-    engine = await once()
-    new = time.perf_counter() - began
-    await engine.close()
-    again = time.perf_counter()
-    engine = await once()
-    print(json.dumps({{"new": new, "warm": time.perf_counter() - again}}))
-    await engine.close()
+    marked_engine.mark("new process")
+    marked_engine.import_all()
+    await once()
+    marked_engine.mark({AGAIN!r})
+    await once()
 asyncio.run(main())
 """
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as Ray gives it to a replica on CPUs
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=one_thread, capture_output=True, text=True, check=True
-    )
-    line = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
-    found: dict[str, float] = json.loads(line)
-    return found
+    one_thread = {"OMP_NUM_THREADS": "1"}  # as Ray gives it to a replica on CPUs
+    runs: list[tuple[float, dict[str, float]]] = [(time.time(), {})]
+    lines = []
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | one_thread | {INNER: engine},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        for line in process.stdout or ():
+            lines.append(line)
+            mark = mark_in(line, time.time())
+            if mark and mark[0] == AGAIN:
+                runs.append((mark[1], {}))
+            elif mark:
+                runs[-1][1].setdefault(*mark)
+    if process.returncode:
+        raise RuntimeError(f"{engine} alone failed:\n{''.join(lines[-50:])}")
+    new, again = (parts_of(*run) for run in runs)
+    return {"new process": new, "imports warm": again}
+
+
+def said(parts: Mapping[str, float]) -> str:
+    """Parts in a line."""
+    return ", ".join(f"{name} {seconds:.2f}" for name, seconds in parts.items())
 
 
 def bench_cold(engine: str, rounds: int, size: Sequence[str]) -> dict[str, Any]:
-    """Cold requests, the median of each part."""
+    """Cold requests, the median of each part, before there were spare processes and after."""
     with tempfile.TemporaryDirectory(prefix="market-bench-") as name:
         bare = bare_load(engine, tiny_model(Path(name) / MODEL, *size))
-    print(f"\ncold request, {engine}, median of {rounds} (seconds)")
-    print(f"  bare engine: new process {bare['new']:.2f}, with imports warm {bare['warm']:.2f}")
-    results: dict[str, Any] = {"engine": engine, **{f"bare_{k}": v for k, v in bare.items()}}
-    for spares in (0, 1):
-        with elastic_market(engine, "0:1", spares, size) as (own, key):
-            tries = [cold_start(own, key, spares) for _ in range(rounds)]
-        medians = {part: statistics.median(one[part] for one in tries) for part in tries[0]}
-        name = "a spare process waits" if spares else "no spare process"
-        results[name] = medians
-        parts = ", ".join(f"{part} {seconds:.2f}" for part, seconds in medians.items())
-        print(f"  {name}: {parts}")
-        for kind, seconds in bare.items():
-            print(f"    in all / bare, {kind}: {medians['in all'] / seconds:.2f}")
+        install_marked(Path(name), engine)
+        print(f"\ncold request, {engine}, median of {rounds} (seconds)")
+        for kind, parts in bare.items():
+            print(f"  engine alone, {kind}: {said(parts)}")
+        results: dict[str, Any] = {"engine": engine, "bare": bare}
+        for spares in (0, 1):
+            settings = {"MARKET_SPARES": str(spares)}
+            with elastic_market(MARKED, "0:1", size, **settings) as own:
+                key = own.tenant("acme")
+                tries = [cold_start(own, key, spares) for _ in range(rounds)]
+            names = [part for part in (*PARTS, "in all") if any(part in one for one in tries)]
+            medians = {
+                part: statistics.median(one.get(part, 0.0) for one in tries) for part in names
+            }
+            results[f"MARKET_SPARES={spares}"] = medians
+            print(f"  market, MARKET_SPARES={spares}: {said(medians)}")
+            for kind, parts in bare.items():
+                ratio = medians["in all"] / parts["in all"]
+                print(f"    in all / engine alone, {kind}: {ratio:.2f}")
     return results
 
 
-def bench_burst(engine: str, count: int) -> dict[str, Any]:
-    """Many at once on a pool at zero; what was answered and what was billed."""
-    with elastic_market(engine, "0:2") as (own, key):
+def install_marked(folder: Path, engine: str) -> None:
+    """Make the marked engine one of those that markets started from here know."""
+    plugins = folder / "plugins"
+    plugins.mkdir()
+    marked_engine.installed(plugins)
+    paths = (str(plugins), os.environ.get("PYTHONPATH"))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    os.environ[INNER] = engine
+
+
+def bench_burst(engine: str, times: int) -> dict[str, Any]:
+    """Many at once on a pool at zero: what was answered, by how many replicas, and what was billed.
+
+    Ends the program if a request was lost, a tenant billed otherwise than told, or if one replica
+    served alone.
+    """
+    count = times * BURST_PLACES
+    with elastic_market(engine, "0:4", MARKET_SEQUENCES=str(BURST_PLACES)) as own:
+        tenants = [f"tenant-{n}" for n in range(BURST_TENANTS)]
+        keys = {name: own.tenant(name) for name in tenants}
+        # Each of them asks more than the one before.
+        turns = [name for n, name in enumerate(tenants, 1) for _ in range(n)]
+        askers = [turns[n % len(turns)] for n in range(count)]
         wait_cold(own)
+        body = BODY | {"max_tokens": BURST_TOKENS}
 
         async def burst() -> list[httpx.Response]:
-            headers = {"authorization": f"Bearer {key}"}
             limits = httpx.Limits(max_connections=count)
             async with httpx.AsyncClient(
-                base_url=own.url, headers=headers, timeout=PATIENCE_S, limits=limits
+                base_url=own.url, timeout=PATIENCE_S, limits=limits
             ) as client:
-                asked = [client.post("/v1/chat/completions", json=BODY) for _ in range(count)]
-                return await asyncio.gather(*asked)
+                headers = [{"authorization": f"Bearer {keys[name]}"} for name in askers]
+                return await asyncio.gather(
+                    *(client.post("/v1/chat/completions", json=body, headers=h) for h in headers)
+                )
 
         began = time.monotonic()
         answers = asyncio.run(burst())
         seconds = time.monotonic() - began
-        good = [answer for answer in answers if answer.status_code == 200]
-        said = sum(Decimal(answer.headers["x-market-cost"]) for answer in good)
-        balance = Decimal(own.cli("tenants", "show", "acme")["balance"])
-    billed = Decimal(1000) - balance
+        rows = usage_rows(own, count)
+        left = {name: Decimal(own.cli("tenants", "show", name)["balance"]) for name in tenants}
+    good = [answer.status_code == 200 for answer in answers]
+    whole = [
+        ok and answer.json()["usage"]["completion_tokens"] == BURST_TOKENS
+        for ok, answer in zip(good, answers, strict=True)
+    ]
+    served = Counter(dict(attrs)["replica"] for attrs in rows["attrs"])
     print(
-        f"\nburst of {count} on a pool at zero, {engine}: {len(good)} answered, "
-        f"{count - len(good)} not, all in {seconds:.1f} s; said {said}, billed {billed}"
+        f"\nburst of {count} ({times} x {BURST_PLACES} places of a replica) from {BURST_TENANTS} "
+        f"tenants on a pool at zero, {engine}: {sum(whole)} answered, {count - sum(whole)} not, "
+        f"all in {seconds:.1f} s, by {len(served)} replicas ({sorted(served.values())})"
     )
-    if len(good) != count or said != billed:
-        raise SystemExit("a request was lost or billed wrongly")
-    return {"burst": count, "answered": len(good), "seconds": seconds}
+    is_right = sum(whole) == count and len(rows) == count and len(served) > 1
+    for name in tenants:
+        said = sum(
+            Decimal(answer.headers["x-market-cost"])
+            for who, ok, answer in zip(askers, good, answers, strict=True)
+            if who == name and ok
+        )
+        booked = sum(rows[rows["tenant_id"] == name]["charge"])
+        billed = DEPOSIT - left[name]
+        print(f"  {name}: said {said}, in the ledger {booked}, billed {billed}")
+        is_right = is_right and said == booked == billed
+    if not is_right:
+        raise SystemExit("a request was lost, billed wrongly, or one replica served all of them")
+    return {"burst": count, "replicas": len(served), "seconds": seconds}
+
+
+def usage_rows(own: OwnMarket, count: int) -> pd.DataFrame:
+    """The usage ledger as soon as it has so many rows, or as it is when patience ends."""
+    deadline = time.monotonic() + PATIENCE_S
+    rows = pd.DataFrame()
+    while len(rows) < count and time.monotonic() < deadline:
+        time.sleep(0.5)
+        with suppress(FileNotFoundError):
+            rows = pd.read_parquet(own.home / "ledger" / "usage")
+    return rows
 
 
 def bench_day(trace: Path, starts: list[float]) -> list[dict[str, Any]]:
@@ -443,7 +582,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--hidden-size", default="128", help="cold: of the model that is made")
     parser.add_argument("--layers", default="4", help="cold: of the model that is made")
-    parser.add_argument("--burst", type=int, default=40)
+    parser.add_argument("--burst", type=int, default=BURST, help="times what one replica serves")
     parser.add_argument("--trace", type=Path)
     parser.add_argument("--rates", type=Path, help="forecast: counts per tenant and ten minutes")
     parser.add_argument("--tenant-trace", type=Path, help="hybrid: a trace of one tenant")
