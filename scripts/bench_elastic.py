@@ -21,6 +21,7 @@ routing.py's own decisions: cost against lease only and tokens only.
 import argparse
 import asyncio
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -33,6 +34,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from decimal import Decimal
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +47,10 @@ from marked_engine import INNER
 from marked_engine import NAME as MARKED
 from own_market import MODEL, SCRIPTS, OwnMarket, tiny_model
 
-from market.autoscaling import Costs, keep_alive_s
+from market.autoscaling import WHOLE_MILLI, Costs, keep_alive_s
 from market.forecast import BUCKET_S, Bucket, History
 from market.simulation.hybrid import HybridOutcome, simulate_hybrid
-from market.simulation.pools import Arrival, Machine, Outcome, simulate
+from market.simulation.pools import Arrival, Gpus, Machine, Outcome, simulate, simulate_shared
 from market.types import Bounds
 
 BODY = {
@@ -97,6 +99,7 @@ VLLM_SAYS = {
 }
 AGAIN = "again"
 DAY_S = 86_400.0
+REPLICAS_MAX = 1024
 HOUR_PICO = 2 * 10**12
 # One GPU of the replay: a mid-size model on a current card.
 MACHINE = Machine(places=32, prompt_tokens_per_s=8_000, output_tokens_per_s=40, start_s=20)
@@ -398,65 +401,116 @@ def usage_rows(own: OwnMarket, count: int) -> pd.DataFrame:
     return rows
 
 
-def bench_day(trace: Path, starts: list[float]) -> list[dict[str, Any]]:
-    """The trace under four ways to hold GPUs, for several times to start."""
+def bench_day(
+    trace: Path,
+    starts: list[float],
+    capacities: list[float],
+    fleets: list[int],
+    switches: list[float],
+) -> list[dict[str, Any]]:
+    """The trace under four ways to hold GPUs, for several times to start, and at the middle one of
+    them for other capacities of a GPU and for so many GPUs for all.
+    """
     frame = pd.read_parquet(trace).sort_values("arrival_s")
-    pools = {
-        str(name): [
+    pools = [
+        [
             Arrival(*row)
             for row in rows[["arrival_s", "prompt_tokens", "output_tokens"]].itertuples(index=False)
         ]
-        for name, rows in frame.groupby("session")
-    }
-    requests = sum(map(len, pools.values()))
+        for _, rows in frame.groupby("session")
+    ]
+    requests = sum(map(len, pools))
+    shared = MACHINE.part(SHARE)
     print(
-        f"\na day of {requests:,} requests for {len(pools)} models; a replica has "
-        f"{MACHINE.places} places, {MACHINE.prompt_tokens_per_s:,.0f} prompt and "
-        f"{MACHINE.output_tokens_per_s:.0f} output tokens/s (per answer), a GPU costs "
-        f"{HOUR_PICO / 1e12:.0f} an hour, a shared replica has {SHARE:.0%} of one"
+        f"\na day of {requests:,} requests for {len(pools)} models; a GPU has {MACHINE.places} "
+        f"places, {MACHINE.prompt_tokens_per_s:,.0f} prompt tokens/s, times its capacity; an "
+        f"answer {MACHINE.output_tokens_per_s:.0f} tokens/s whatever it shares; a GPU costs "
+        f"{HOUR_PICO / 1e12:.0f} an hour; a replica on {SHARE:.0%} of a GPU has that part of both "
+        f"({shared.places}, {shared.prompt_tokens_per_s:,.0f}; at least one place)"
     )
-    head = f"{'start':>6} {'held':<34} {'GPU-hours':>10} {'of always on':>12} {'starts':>7}"
+    head = f"{'start':>6} {'capacity':>8} {'held':<34} {'GPU-hours':>10} {'of always on':>12}"
+    print(f"{head} {'starts':>7} {'TTFT <= 2 s':>12} {'p99 s':>7}\n{'-' * (len(head) + 29)}")
+    results = []
+    middle_s = starts[len(starts) // 2]
+    points = [(start_s, 1.0) for start_s in starts]
+    points += [(middle_s, capacity) for capacity in capacities if capacity != 1]
+    for start_s, capacity in points:
+        gpu = replace(MACHINE.part(capacity), start_s=start_s)
+        base = None
+        for name, outcomes, share in ways(pools, gpu):
+            row = day_row(outcomes, share, requests)
+            base = base or row["gpu_hours"]
+            print(
+                f"{start_s:>5.0f}s {capacity:>7g}x {name:<34} {row['gpu_hours']:>10,.0f} "
+                f"{row['gpu_hours'] / base:>12.2f} {row['starts']:>7,} "
+                f"{row['within_2s']:>12.2%} {row['p99_s']:>7.1f}"
+            )
+            results.append({"start_s": start_s, "capacity": capacity, "held": name} | row)
+    return results + bench_fleets(pools, replace(MACHINE, start_s=middle_s), fleets, switches)
+
+
+def ways(pools: list[list[Arrival]], gpu: Machine) -> Iterator[tuple[str, list[Outcome], float]]:
+    """Ways to hold GPUs of a kind, what came of them, and how much of a GPU a replica has."""
+
+    def day(bounds: Bounds, share: float) -> list[Outcome]:
+        part, hour_pico = gpu.part(share), round(HOUR_PICO * share)
+        return [simulate(rows, part, bounds, hour_pico, DAY_S) for rows in pools]
+
+    elastic = day(Bounds(0, REPLICAS_MAX), 1.0)
+    always = [
+        simulate(rows, gpu, Bounds(peak.peak, peak.peak), HOUR_PICO, DAY_S)
+        for rows, peak in zip(pools, elastic, strict=True)
+    ]
+    yield "whole GPUs, always on, for the peak", always, 1.0
+    yield "whole GPUs, MIN 1", day(Bounds(1, REPLICAS_MAX), 1.0), 1.0
+    yield "whole GPUs, MIN 0", elastic, 1.0
+    yield f"{SHARE:.0%} of a GPU, MIN 0", day(Bounds(0, REPLICAS_MAX), SHARE), SHARE
+
+
+def bench_fleets(
+    pools: list[list[Arrival]], gpu: Machine, fleets: list[int], switches: list[float]
+) -> list[dict[str, Any]]:
+    """The same day on so many GPUs: who needs one puts out who is idle for longest."""
+    requests = sum(map(len, pools))
+    print(
+        f"\nthe same on so many GPUs for all models, MIN 0, a start takes {gpu.start_s:.0f} s "
+        "and, where an idle replica is put out for it, the switch"
+    )
+    head = f"{'GPUs':>6} {'switch':>7} {'held':<34} {'GPU-hours':>10} {'starts':>7} {'put out':>8}"
     print(f"{head} {'TTFT <= 2 s':>12} {'p99 s':>7}\n{'-' * (len(head) + 21)}")
     results = []
-    for start_s in starts:
-        machine = replace(MACHINE, start_s=start_s)
-        elastic = [
-            day(pools, machine, Bounds(0, 64), 1.0),
-            day(pools, machine, Bounds(0, 64), SHARE),
-        ]
-        always = [
-            simulate(rows, machine, Bounds(peak.peak, peak.peak), HOUR_PICO, DAY_S)
-            for rows, peak in zip(pools.values(), elastic[0], strict=True)
-        ]
-        ways: list[tuple[str, list[Outcome], float]] = [
-            ("whole GPUs, always on, for the peak", always, 1.0),
-            ("whole GPUs, MIN 1", day(pools, machine, Bounds(1, 64), 1.0), 1.0),
-            ("whole GPUs, MIN 0", elastic[0], 1.0),
-            (f"{SHARE:.0%} of a GPU, MIN 0", elastic[1], SHARE),
-        ]
-        base = sum(outcome.replica_s for outcome in always)
-        for name, outcomes, share in ways:
-            hours = sum(outcome.replica_s for outcome in outcomes) * share / 3600
-            ttft = sorted(seconds for outcome in outcomes for seconds in outcome.ttft_s)
-            within = sum(seconds <= 2 for seconds in ttft) / requests
-            p99 = ttft[int(len(ttft) * 0.99)]
-            count = sum(outcome.starts for outcome in outcomes)
-            print(
-                f"{start_s:>5.0f}s {name:<34} {hours:>10,.0f} {hours * 3600 / base:>12.2f} "
-                f"{count:>7,} {within:>12.2%} {p99:>7.1f}"
-            )
-            results.append(
-                {"start_s": start_s, "held": name, "gpu_hours": hours, "within_2s": within}
-            )
+    for count, share, switch_s in product(fleets, (1.0, SHARE), switches):
+        if share == 1.0 and count < max(fleets):
+            continue  # models queue for hours there, and the replay takes as long
+        outcomes = simulate_shared(
+            pools,
+            gpu.part(share),
+            Bounds(0, REPLICAS_MAX),
+            round(HOUR_PICO * share),
+            DAY_S,
+            Gpus(count, round(WHOLE_MILLI * share), switch_s),
+        )
+        row = day_row(outcomes, share, requests)
+        name = "whole GPUs" if share == 1.0 else f"{share:.0%} of a GPU"
+        evicted = sum(outcome.evicted for outcome in outcomes)
+        print(
+            f"{count:>6} {switch_s:>6.0f}s {name:<34} {row['gpu_hours']:>10,.0f} "
+            f"{row['starts']:>7,} {evicted:>8,} {row['within_2s']:>12.2%} {row['p99_s']:>7.1f}"
+        )
+        results.append({"gpus": count, "switch_s": switch_s, "held": name} | row)
     return results
 
 
-def day(
-    pools: dict[str, list[Arrival]], machine: Machine, bounds: Bounds, share: float
-) -> list[Outcome]:
-    """Every pool's day."""
-    hour_pico = round(HOUR_PICO * share)
-    return [simulate(rows, machine, bounds, hour_pico, DAY_S) for rows in pools.values()]
+def day_row(outcomes: list[Outcome], share: float, requests: int) -> dict[str, Any]:
+    """What all pools' days come to; who was not served by the end of it has waited for ever."""
+    ttft = sorted(seconds for outcome in outcomes for seconds in outcome.ttft_s)
+    ttft += [math.inf] * (requests - len(ttft))
+    return {
+        "gpu_hours": sum(outcome.replica_s for outcome in outcomes) * share / 3600,
+        "starts": sum(outcome.starts for outcome in outcomes),
+        "within_2s": sum(seconds <= 2 for seconds in ttft) / requests,
+        "p99_s": ttft[int(requests * 0.99)],
+    }
 
 
 def known_days(rates: Path) -> list[tuple[History, list[Arrival]]]:
@@ -592,6 +646,9 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=2, help="hybrid: GPUs of a replica")
     parser.add_argument("--ttft", type=float, default=1.0, help="hybrid: spills from then on")
     parser.add_argument("--starts", default="5,20,60", help="day, forecast: seconds of a start")
+    parser.add_argument("--capacities", default="0.1,10", help="day: of a GPU, beside 1")
+    parser.add_argument("--fleets", default="12,16,24,48", help="day: GPUs that models share")
+    parser.add_argument("--switches", default="0,10", help="day: seconds to put a replica out")
     arguments = parser.parse_args()
     parts = arguments.parts.split(",")
     if "day" in parts and arguments.trace is None:
@@ -602,14 +659,18 @@ def main() -> None:
     if "hybrid" in parts and None in hybrid:
         parser.error("hybrid needs --tenant-trace, --gpu-prices and --token-prices")
     size = "--hidden-size", arguments.hidden_size, "--layers", arguments.layers
-    starts = [float(text) for text in arguments.starts.split(",")]
+    starts, capacities, switches = (
+        [float(text) for text in texts.split(",")]
+        for texts in (arguments.starts, arguments.capacities, arguments.switches)
+    )
+    fleets = [int(text) for text in arguments.fleets.split(",")]
     for engine in arguments.engines.split(","):
         if "cold" in parts:
             bench_cold(engine, arguments.rounds, size)
         if "burst" in parts:
             bench_burst(engine, arguments.burst)
     if "day" in parts:
-        bench_day(arguments.trace, starts)
+        bench_day(arguments.trace, starts, capacities, fleets, switches)
     if "forecast" in parts:
         bench_forecast(arguments.rates, starts)
     if "hybrid" in parts:
