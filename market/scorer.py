@@ -1,7 +1,7 @@
 """How hard a request is, in [0, 1]: TF-IDF features, hashed, under a logistic regression.
 
 The weights in scorer.json were trained by scripts/train_scorer.py on public answers of a strong and
-a cheaper model; docs/elastic.md says how well they do. Any object with ``score`` and ``usual`` can
+a cheaper model; docs/lanes.md says how well they do. Any object with ``score`` and ``usual`` can
 stand in (MARKET_SCORER). Written by hand, because it is twenty lines and a gateway must not load a
 machine learning library for them.
 """
