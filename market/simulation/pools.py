@@ -96,7 +96,8 @@ class Gpus:
         late_s = 0.0
         place = self._place()
         if place is None:
-            gone = to_evict(self._idlers(pool, now_s), self._free_milli, self._milli)
+            missing = {place: self._milli - free for place, free in self._free_milli.items()}
+            gone = to_evict(self._idlers(pool, now_s), missing)
             for name in gone:
                 loser = self._held[name][0]
                 loser.pass_to(now_s)
@@ -127,12 +128,12 @@ class Gpus:
         """Replicas of other pools that serve nobody and are more than their pool's minimum."""
         spare: dict[_Pool, int] = {}
         for name, (pool, place) in self._held.items():
-            if pool is growing or not pool.idle_s(now_s) >= EVICT_AFTER_S:
+            if pool is growing or pool.idle_s(now_s) < EVICT_AFTER_S:
                 continue
             left = spare.setdefault(pool, pool.serving - pool.bounds.minimum)
             if left > 0:
                 spare[pool] -= 1
-                yield Idler(name, place, self._milli, pool.idle_s(now_s))
+                yield Idler(name, place, self._milli, pool.idle_s(now_s), pool.costs.start_s)
 
 
 class _Pool:
