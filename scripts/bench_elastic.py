@@ -34,7 +34,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from decimal import Decimal
-from itertools import product
+from itertools import accumulate, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -138,13 +138,15 @@ def mark_in(line: str, now: float) -> tuple[str, float] | None:
 
 
 def parts_of(asked: float, marks: Mapping[str, float]) -> dict[str, float]:
-    """The seconds of each part; what was done before it was asked for took none."""
-    parts, before = {}, asked
-    for name in PARTS:
-        if name in marks:
-            moment = max(marks[name], before)
-            parts[name], before = moment - before, moment
-    return parts | {"in all": before - asked}
+    """The seconds of each part; what was done before it was asked for took none.
+
+    Nothing is later than what comes after it, though it may have been seen later.
+    """
+    names = [name for name in PARTS if name in marks]
+    backwards = list(accumulate((marks[name] for name in reversed(names)), min))
+    moments = [max(asked, moment) for moment in reversed(backwards)]
+    seconds = (moment - before for before, moment in pairwise([asked, *moments]))
+    return dict(zip(names, seconds, strict=True)) | {"in all": moments[-1] - asked}
 
 
 class Watcher(threading.Thread):
@@ -166,9 +168,10 @@ class Watcher(threading.Thread):
         """Until told to end."""
         with httpx.Client(headers=self._headers) as client:
             while not self._over.wait(POLL_S):
-                (deployment,) = client.get(self._url).json()
-                if deployment["places"]:
-                    self._seen.setdefault("decision", time.time())
+                with suppress(httpx.TimeoutException):  # while all CPUs are busy
+                    (deployment,) = client.get(self._url).json()
+                    if deployment["places"]:
+                        self._seen.setdefault("decision", time.time())
                 if "new process" not in self._seen:
                     self._look_for_process()
                 self._look_for_marks()
@@ -229,9 +232,7 @@ def cold_start(own: OwnMarket, key: str, spares: int) -> dict[str, float]:
                 if first is None and '"content":"' in line and '"content":""' not in line:
                     first = time.time()
     assert first is not None, "no token came"
-    # It is looked at fifty times a second at most, and a spare process was there before.
-    seen = {name: min(moment, first) for name, moment in watcher.end().items()}
-    return parts_of(asked, seen | {"to the client": first})
+    return parts_of(asked, watcher.end() | {"to the client": first})
 
 
 def bare_load(engine: str, model: Path) -> dict[str, dict[str, float]]:

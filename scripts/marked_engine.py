@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
+from types import ModuleType
 
 from market.cluster.engines import engine_paths
 from market.types import EngineChunk, EngineRequest
@@ -24,18 +25,27 @@ def mark(done: str) -> None:
     print(f"mark {time.time():.4f} {done}", flush=True)
 
 
+def inner() -> ModuleType:
+    """The engine's own module."""
+    return importlib.import_module(engine_paths()[os.environ[INNER]].partition(":")[0])
+
+
 def import_all() -> None:
-    """Import what the engine imports, without the rehearsal of ``warm``."""
-    module = importlib.import_module(engine_paths()[os.environ[INNER]].partition(":")[0])
-    for name in getattr(module, "IMPORTED", ()):
+    """Import what the engine imports in its process, and make none for its others."""
+    for name in getattr(inner(), "IMPORTED", ()):
         importlib.import_module(name)
     mark("imports")
 
 
 def warm() -> None:
     """As the engine's own."""
-    warm_engine(os.environ[INNER])
+    warm_engine(os.environ[INNER], rehearses=False)
     mark("imports")
+
+
+def rehearse() -> None:
+    """As the engine's own, if it does."""
+    getattr(inner(), "rehearse", lambda: None)()
 
 
 async def start(settings: EngineSettings) -> "MarkedEngine":
