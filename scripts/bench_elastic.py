@@ -1,18 +1,20 @@
 #!/usr/bin/env python3
 """What scaling to zero costs those who ask, and saves those who pay.
 
-    scripts/bench_elastic.py                       all parts
-    scripts/bench_elastic.py --parts cold,burst    on a real market, here
+    scripts/bench_elastic.py                       cold and burst, on a real market, here
+    scripts/bench_elastic.py --parts cold --engines vllm --rounds 3
     scripts/bench_elastic.py --parts day --trace FILE.parquet
     scripts/bench_elastic.py --parts forecast --rates FILE.parquet
     scripts/bench_elastic.py --parts hybrid --tenant-trace FILE.parquet --gpu-prices FILE.csv \
         --token-prices FILE.csv
 
-cold: a request for a model at zero replicas, split into its parts, beside the engine's own load
-in a process that has its imports behind it. burst: twenty times what one replica is asked at once,
-on a pool at zero. day: a trace (columns arrival_s, session, prompt_tokens, output_tokens; each
+cold: a request for a model at zero replicas, without and with a spare process, beside the engine
+alone; each split into its parts by what the engine says. burst: twenty times what one replica is
+asked at once, on a pool at zero, by several tenants; fails unless several replicas answer all and
+each tenant is billed what it was told. day: a trace (columns arrival_s, session, prompt_tokens, output_tokens; each
 session as a model of its own) through the scheduler's own decisions with virtual replicas; what is
-assumed of them is printed, and swept. forecast: the seventh day of real counts per tenant and ten
+assumed of them is printed, and swept; then all on so few GPUs that models put each other out.
+forecast: the seventh day of real counts per tenant and ten
 minutes (columns model, client, window_start_s, requests), with and without starts ahead of what was
 usual on the six before. hybrid: a tenant's trace on leases of its own that spill to a pool, by
 routing.py's own decisions: cost against lease only and tokens only.
@@ -632,7 +634,7 @@ def bench_hybrid(
 def main() -> None:
     """Run the parts asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default="cold,burst,day")
+    parser.add_argument("--parts", default="cold,burst")
     parser.add_argument("--engines", default="transformers")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--hidden-size", default="128", help="cold: of the model that is made")
