@@ -11,13 +11,13 @@
 cold: a request for a model at zero replicas, without and with a spare process, beside the engine
 alone; each split into its parts by what the engine says. burst: twenty times what one replica is
 asked at once, on a pool at zero, by several tenants; fails unless several replicas answer all and
-each tenant is billed what it was told. day: a trace (columns arrival_s, session, prompt_tokens, output_tokens; each
-session as a model of its own) through the scheduler's own decisions with virtual replicas; what is
-assumed of them is printed, and swept; then all on so few GPUs that models put each other out.
-forecast: the seventh day of real counts per tenant and ten
-minutes (columns model, client, window_start_s, requests), with and without starts ahead of what was
-usual on the six before. hybrid: a tenant's trace on leases of its own that spill to a pool, by
-routing.py's own decisions: cost against lease only and tokens only.
+each tenant is billed what it was told. day: a trace (columns arrival_s, session, prompt_tokens,
+output_tokens; each session as a model of its own) through the scheduler's own decisions with
+virtual replicas; what is assumed of them is printed, and swept; then all on so few GPUs that models
+put each other out. forecast: the seventh day of real counts per tenant and ten minutes (columns
+model, client, window_start_s, requests), with and without starts ahead of what was usual on the six
+before. hybrid: a tenant's trace on leases of its own that spill to a pool, by routing.py's own
+decisions: cost against lease only and tokens only.
 """
 
 import argparse
