@@ -64,8 +64,7 @@ class Demand:
 
     ``cold``: requests for which no replica is there. ``finished_per_s``: requests. Work is in
     weighted tokens (fairness.py) a second: ``work`` was done, ``asked`` is what slices were asked
-    for. ``kv_used`` is of all serving replicas' KV cache, in [0, 1]. ``served``: whether anything
-    was done in the last moments, be it between two reports.
+    for. ``kv_used`` is of all serving replicas' KV cache, in [0, 1].
     """
 
     running: int = 0
@@ -75,12 +74,11 @@ class Demand:
     work_per_s: float = 0.0
     asked_per_s: float = 0.0
     kv_used: float = 0.0
-    served: bool = False
 
     @property
     def idle(self) -> bool:
         """Whether nobody asks for anything."""
-        return not (self.running or self.waiting or self.cold or self.served)
+        return not (self.running or self.waiting or self.cold)
 
 
 @dataclass(frozen=True, slots=True)

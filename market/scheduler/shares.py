@@ -22,8 +22,6 @@ RECALL_S = 2.0
 # While a pool is contended, a slice pays for so many seconds of its tenant's fair share.
 SHARE_S = 2.0
 RATE_TAU_S = 10.0
-# A little longer than from one report of a gateway to the next.
-SERVED_S = 1.0
 # A gateway that has reported so long after a replica began to drain knew of it, and sends nothing
 # more there.
 DRAINING_KNOWN_S = 2.0
@@ -105,7 +103,6 @@ class Shares:
         self._gateways: dict[str, _Gateway] = {}
         self._pools: dict[str, PoolLedger] = {}
         self._rates: dict[str, Decaying] = {}
-        self._served_s: dict[str, float] = {}
         self._asked: dict[str, Decaying] = {}
         self._recalls: dict[str, tuple[str, float]] = {}
 
@@ -187,7 +184,6 @@ class Shares:
             asked_per_s=_rate(self._asked, pool_name, now_s),
             kv_used=sum(r.kv_used.get(app, 0.0) for r in reports for app in apps)
             / max(1, len(apps)),
-            served=now_s - self._served_s.get(pool_name, float("-inf")) < SERVED_S,
         )
 
     def _in_use(self) -> dict[str, int]:
@@ -227,10 +223,9 @@ class Shares:
             max(0.0, served - (before or {}).get(tenant, 0.0))
             for tenant, served in report.service.items()
         )
-        work = 0.0 if before is None else work
-        if work:
-            self._served_s[pool_name] = now_s
-        self._rates.setdefault(pool_name, Decaying(now_s)).add(work, now_s)
+        self._rates.setdefault(pool_name, Decaying(now_s)).add(
+            0.0 if before is None else work, now_s
+        )
 
     def _count_asked(self, ask: SliceAsk) -> None:
         """What requests need now, as work; what is only asked ahead of them is not counted."""

@@ -173,15 +173,6 @@ class TestDemand:
         assert shares.demand("tiny", ["a"]).kv_used == pytest.approx(0.9)
         assert shares.demand("tiny").kv_used == 0
 
-    def test_answers_that_come_and_go_between_two_reports_are_seen(self, shares, clock):
-        sync(shares, tiny=pool(acme=100.0))
-        assert shares.demand("tiny").idle
-        sync(shares, tiny=pool(acme=101.0))
-        assert not shares.demand("tiny").idle
-        clock.advance(1)
-        sync(shares, tiny=pool(acme=101.0))
-        assert shares.demand("tiny").idle
-
     def test_work_is_a_rate_that_fades(self, shares, clock):
         sync(shares, tiny=pool(acme=0.0))
         clock.advance(1)
